@@ -1,0 +1,484 @@
+"""What the engine must know about a model family: one row each, and everything else from `config.json`.
+
+All supported families are one decoder: RMSNorm, rotary grouped-query attention, RMSNorm, SwiGLU, under the
+names of Hugging Face's Llama. They differ in biases, query and key norms, and sliding windows, which is what
+a row states.
+"""
+
+import math
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from elutq.errors import ConfigError, UnsupportedArchitectureError
+
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+FINAL_NORM = "model.norm.weight"
+
+# Bounds that every real model is far inside of. They keep a hostile config from asking for absurd work before
+# the tensors' own shapes are checked.
+_MAX_LAYERS = 1024
+_MAX_FEATURES = 1 << 20
+_MAX_VOCABULARY = 1 << 24
+_MAX_POSITIONS = 1 << 24  # float32 holds every position exactly, as transformers' rotary embedding needs
+
+
+class LinearSpec(NamedTuple):
+    """A linear module: `name` (without `.weight`) and its shape."""
+
+    name: str
+    out_features: int
+    in_features: int
+
+
+class VectorSpec(NamedTuple):
+    """A norm weight or bias: full tensor name and length."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Every number the decoder needs, checked.
+
+    Attributes:
+        model_type: Hugging Face's name of the family.
+        rope_inv_freq: rotary inverse frequencies [head_dim / 2], float32 values, scaling already applied.
+        rope_attention_factor: what the rotary cosines and sines are multiplied by (1 but for yarn).
+        sliding_windows: per layer, how many positions a token sees, its own included; 0 means all.
+        The others are as Hugging Face names them; `attention_bias` is split in two.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    attention_bias_qkv: bool
+    attention_bias_o: bool
+    mlp_bias: bool
+    qk_norm: bool
+    rope_inv_freq: tuple[float, ...]
+    rope_attention_factor: float
+    sliding_windows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How one `model_type` differs. A bias is True, False, or the config key that decides.
+
+    `defaults` are what transformers' config class supplies for keys that `config.json` leaves out.
+    """
+
+    attention_bias_qkv: bool | str
+    attention_bias_o: bool | str
+    mlp_bias: bool | str
+    qk_norm: bool
+    sliding_windows: Callable[["_Reader", int], tuple[int, ...]]
+    defaults: Mapping[str, Any]
+
+
+class _Reader:
+    """Typed access to an untrusted config. Every complaint is a ConfigError that names the key."""
+
+    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
+        self._config = config
+        self._defaults = defaults
+        self._where = where
+
+    def get(self, key: str) -> Any:
+        return self._config.get(key, self._defaults.get(key))
+
+    def integer(self, key: str, high: int, low: int = 1) -> int:
+        value = self._required(key)
+        if type(value) is not int or not low <= value <= high:
+            raise ConfigError(
+                f"{self._where}: {key} must be an integer from {low} to {high}, not {value!r:.80}"
+            )
+        return value
+
+    def number(self, key: str, low: float, high: float) -> float:
+        value = self._required(key)
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise ConfigError(
+                f"{self._where}: {key} must be a number from {low:g} to {high:g}, not {value!r:.80}"
+            )
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.get(key)
+        if value is not None and type(value) is not bool:
+            raise ConfigError(f"{self._where}: {key} must be true or false, not {value!r:.80}")
+        return bool(value)
+
+    def text(self, key: str) -> str:
+        value = self._required(key)
+        if not isinstance(value, str):
+            raise ConfigError(f"{self._where}: {key} must be a string, not {value!r:.80}")
+        return value
+
+    def section(self, key: str) -> Mapping[str, Any]:
+        value = self.get(key)
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{self._where}: {key} must be a JSON object, not {value!r:.80}")
+        return value
+
+    def _required(self, key: str) -> Any:
+        value = self.get(key)
+        if value is None:
+            raise ConfigError(f"{self._where} lacks {key}; get the model's complete config.json")
+        return value
+
+
+def _no_windows(reader: _Reader, layers: int) -> tuple[int, ...]:
+    return (0,) * layers
+
+
+def _mistral_windows(reader: _Reader, layers: int) -> tuple[int, ...]:
+    if reader.get("sliding_window") is None:
+        return (0,) * layers
+    return (reader.integer("sliding_window", _MAX_POSITIONS),) * layers
+
+
+def _qwen_windows(reader: _Reader, layers: int) -> tuple[int, ...]:
+    """`layer_types` where it is given, else the layers from `max_window_layers` on."""
+    window = 0
+    if reader.flag("use_sliding_window") and reader.get("sliding_window") is not None:
+        window = reader.integer("sliding_window", _MAX_POSITIONS)
+    types = reader.get("layer_types")
+    if types is None:
+        first = reader.integer("max_window_layers", _MAX_LAYERS, low=0)
+        return tuple(window if layer >= first else 0 for layer in range(layers))
+    if not isinstance(types, list) or len(types) != layers:
+        raise ConfigError(f"config.json: layer_types must be a list of num_hidden_layers = {layers} names")
+    for name in types:
+        if name not in ("full_attention", "sliding_attention"):
+            raise UnsupportedArchitectureError(
+                f"layer type {name!r:.80} is not supported; only full_attention and sliding_attention are"
+            )
+        if name == "sliding_attention" and window == 0:
+            raise ConfigError(
+                "config.json: layer_types names sliding_attention layers, "
+                "but use_sliding_window or sliding_window is off"
+            )
+    return tuple(window if name == "sliding_attention" else 0 for name in types)
+
+
+_COMMON_DEFAULTS: Mapping[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+_QWEN_DEFAULTS = {
+    **_COMMON_DEFAULTS,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+
+FAMILIES: Mapping[str, _Family] = {
+    # Also TinyLlama, SmolLM and other models that say model_type "llama".
+    "llama": _Family(
+        attention_bias_qkv="attention_bias",
+        attention_bias_o="attention_bias",
+        mlp_bias="mlp_bias",
+        qk_norm=False,
+        sliding_windows=_no_windows,
+        defaults={**_COMMON_DEFAULTS, "max_position_embeddings": 2048},
+    ),
+    "mistral": _Family(
+        attention_bias_qkv=False,
+        attention_bias_o=False,
+        mlp_bias=False,
+        qk_norm=False,
+        sliding_windows=_mistral_windows,
+        defaults={**_COMMON_DEFAULTS, "max_position_embeddings": 131072, "sliding_window": 4096},
+    ),
+    "qwen2": _Family(
+        attention_bias_qkv=True,
+        attention_bias_o=False,
+        mlp_bias=False,
+        qk_norm=False,
+        sliding_windows=_qwen_windows,
+        defaults=_QWEN_DEFAULTS,
+    ),
+    "qwen3": _Family(
+        attention_bias_qkv="attention_bias",
+        attention_bias_o="attention_bias",
+        mlp_bias=False,
+        qk_norm=True,
+        sliding_windows=_qwen_windows,
+        defaults={**_QWEN_DEFAULTS, "head_dim": 128},
+    ),
+}
+
+
+def engine_config(config: Mapping[str, Any]) -> EngineConfig:
+    """Read a Hugging Face `config.json`, in the spelling of transformers 4 or 5.
+
+    Args:
+        config: the parsed JSON, untrusted.
+
+    Raises:
+        UnsupportedArchitectureError: another family, or an option that the engine does not run.
+        ConfigError: a required key is missing, malformed, out of range, or contradicts another.
+    """
+    if not isinstance(config, Mapping):
+        raise ConfigError("config.json must hold a JSON object")
+    model_type = config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise UnsupportedArchitectureError(_unsupported_family(config))
+
+    reader = _Reader(config, family.defaults, "config.json")
+    activation = reader.text("hidden_act")
+    if activation != "silu":
+        raise UnsupportedArchitectureError(f"hidden_act {activation!r:.80} is not supported; only 'silu' is")
+
+    hidden_size = reader.integer("hidden_size", _MAX_FEATURES)
+    layers = reader.integer("num_hidden_layers", _MAX_LAYERS)
+    heads = reader.integer("num_attention_heads", _MAX_FEATURES)
+    if reader.get("num_key_value_heads") is None:
+        kv_heads = heads  # Llama 1 configs have none
+    else:
+        kv_heads = reader.integer("num_key_value_heads", _MAX_FEATURES)
+    if heads % kv_heads != 0:
+        raise ConfigError(
+            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
+    head_dim = _head_dim(reader, hidden_size, heads)
+    max_positions = reader.integer("max_position_embeddings", _MAX_POSITIONS)
+    inv_freq, attention_factor = _rope(reader, head_dim, max_positions)
+
+    def bias(rule: bool | str) -> bool:
+        return reader.flag(rule) if isinstance(rule, str) else rule
+
+    return EngineConfig(
+        model_type=str(model_type),
+        vocab_size=reader.integer("vocab_size", _MAX_VOCABULARY),
+        hidden_size=hidden_size,
+        intermediate_size=reader.integer("intermediate_size", _MAX_FEATURES),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=max_positions,
+        rms_norm_eps=reader.number("rms_norm_eps", 0.0, 1.0),
+        tie_word_embeddings=reader.flag("tie_word_embeddings"),
+        attention_bias_qkv=bias(family.attention_bias_qkv),
+        attention_bias_o=bias(family.attention_bias_o),
+        mlp_bias=bias(family.mlp_bias),
+        qk_norm=family.qk_norm,
+        rope_inv_freq=inv_freq,
+        rope_attention_factor=attention_factor,
+        sliding_windows=family.sliding_windows(reader, layers),
+    )
+
+
+def block_linears(config: EngineConfig) -> list[LinearSpec]:
+    """The linear modules of all decoder blocks, in the order the engine uses them."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    q_size = config.num_attention_heads * config.head_dim
+    kv_size = config.num_key_value_heads * config.head_dim
+    shapes = (
+        ("self_attn.q_proj", q_size, hidden),
+        ("self_attn.k_proj", kv_size, hidden),
+        ("self_attn.v_proj", kv_size, hidden),
+        ("self_attn.o_proj", hidden, q_size),
+        ("mlp.gate_proj", intermediate, hidden),
+        ("mlp.up_proj", intermediate, hidden),
+        ("mlp.down_proj", hidden, intermediate),
+    )
+    return [
+        LinearSpec(f"model.layers.{layer}.{name}", out_features, in_features)
+        for layer in range(config.num_hidden_layers)
+        for name, out_features, in_features in shapes
+    ]
+
+
+def outer_linears(config: EngineConfig) -> list[LinearSpec]:
+    """The embedding (vocab_size, hidden_size) and, unless it is tied to it, the head."""
+    embedding = LinearSpec(EMBEDDING, config.vocab_size, config.hidden_size)
+    if config.tie_word_embeddings:
+        return [embedding]
+    return [embedding, LinearSpec(HEAD, config.vocab_size, config.hidden_size)]
+
+
+def vectors(config: EngineConfig) -> list[VectorSpec]:
+    """Norm weights and biases of the whole model."""
+    result = []
+    with_bias = {
+        "q_proj": config.attention_bias_qkv,
+        "k_proj": config.attention_bias_qkv,
+        "v_proj": config.attention_bias_qkv,
+        "o_proj": config.attention_bias_o,
+        "gate_proj": config.mlp_bias,
+        "up_proj": config.mlp_bias,
+        "down_proj": config.mlp_bias,
+    }
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        result.append(VectorSpec(f"{prefix}.input_layernorm.weight", config.hidden_size))
+        result.append(VectorSpec(f"{prefix}.post_attention_layernorm.weight", config.hidden_size))
+        if config.qk_norm:
+            result.append(VectorSpec(f"{prefix}.self_attn.q_norm.weight", config.head_dim))
+            result.append(VectorSpec(f"{prefix}.self_attn.k_norm.weight", config.head_dim))
+    result.extend(
+        VectorSpec(f"{linear.name}.bias", linear.out_features)
+        for linear in block_linears(config)
+        if with_bias[linear.name.rsplit(".", 1)[1]]
+    )
+    result.append(VectorSpec(FINAL_NORM, config.hidden_size))
+    return result
+
+
+def _unsupported_family(config: Mapping[str, Any]) -> str:
+    supported = ", ".join(FAMILIES)
+    if any(key in config for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        what = "mixture-of-experts models are not supported"
+    elif config.get("model_type") is None:
+        what = "config.json has no model_type"
+    else:
+        what = f"model_type {config['model_type']!r:.80} is not supported"
+    return f"{what}; use a dense causal language model of one of the families {supported}"
+
+
+def _head_dim(reader: _Reader, hidden_size: int, heads: int) -> int:
+    if reader.get("head_dim") is not None:
+        head_dim = reader.integer("head_dim", _MAX_FEATURES)
+    elif hidden_size % heads == 0:
+        head_dim = hidden_size // heads
+    else:
+        raise ConfigError(
+            f"config.json: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}"
+        )
+    if head_dim % 8 != 0:
+        raise UnsupportedArchitectureError(
+            f"head_dim {head_dim} is not supported; it must be a multiple of 8"
+        )
+    if heads * head_dim > _MAX_FEATURES:
+        raise ConfigError(
+            f"config.json: num_attention_heads x head_dim = {heads * head_dim} exceeds {_MAX_FEATURES}"
+        )
+    return head_dim
+
+
+def _float32(value: float) -> float:
+    """Nearest float32: frequencies are rounded where transformers rounds them."""
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+def _rope(reader: _Reader, head_dim: int, max_positions: int) -> tuple[tuple[float, ...], float]:
+    """Inverse frequencies [head_dim / 2] and the factor on cosines and sines.
+
+    With theta the base and i = 0 .. head_dim/2 - 1 (Su et al. 2021; Hugging Face's `modeling_rope_utils`):
+
+        default   f_i = theta ** (-2 i / head_dim)
+        linear    f_i / factor
+        llama3    f_i                   for wavelengths 2 pi / f_i below original / high_freq_factor,
+                  f_i / factor          for those above original / low_freq_factor,
+                  ((1 - s) / factor + s) * f_i between, s = (original * f_i / (2 pi) - low) / (high - low)
+        yarn      (r_i / factor + 1 - r_i) * f_i, r a linear ramp between the dimensions that turn beta_fast
+                  and beta_slow times within the original context (Peng et al. 2023); cosines and sines are
+                  multiplied by 0.1 ln(factor) + 1, unless the config states the factor
+
+    `original` is original_max_position_embeddings. Both spellings are read: `rope_scaling` beside
+    `rope_theta` (transformers 4) and `rope_parameters` (transformers 5).
+    """
+    section = reader.section("rope_scaling") or reader.section("rope_parameters")
+    if any(isinstance(value, Mapping) for value in section.values()):
+        raise UnsupportedArchitectureError(
+            "rotary parameters that differ by layer type are not supported; use a model with one set"
+        )
+    inherited = {
+        "rope_theta": reader.get("rope_theta"),
+        "partial_rotary_factor": reader.get("partial_rotary_factor"),
+        "rope_type": section.get("type", "default"),
+        "original_max_position_embeddings": max_positions,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": True,
+    }
+    stated = {key: value for key, value in section.items() if value is not None}
+    rope = _Reader(stated, inherited, "config.json: rope_parameters")
+    theta = rope.number("rope_theta", 1.0001, 1e30)
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise UnsupportedArchitectureError(
+            f"partial_rotary_factor {rope.get('partial_rotary_factor')!r:.80} is not supported; "
+            "all of a head must be rotated"
+        )
+    base = [_float32(theta ** (2 * i / head_dim)) for i in range(head_dim // 2)]
+    rope_type = rope.text("rope_type")
+    if rope_type == "default":
+        return tuple(_float32(1.0 / b) for b in base), 1.0
+    if rope_type == "linear":
+        factor = rope.number("factor", 1.0, 1e6)
+        return tuple(_float32(_float32(1.0 / b) / factor) for b in base), 1.0
+    if rope_type == "llama3":
+        return tuple(_llama3(rope, [_float32(1.0 / b) for b in base])), 1.0
+    if rope_type == "yarn":
+        return _yarn(rope, head_dim, theta, base)
+    raise UnsupportedArchitectureError(
+        f"rope_type {rope_type!r:.80} is not supported; default, linear, llama3 and yarn are"
+    )
+
+
+def _llama3(rope: _Reader, frequencies: list[float]) -> list[float]:
+    factor = rope.number("factor", 1.0, 1e6)
+    low = rope.number("low_freq_factor", 1e-6, 1e6)
+    high = rope.number("high_freq_factor", 1e-6, 1e6)
+    original = rope.integer("original_max_position_embeddings", _MAX_POSITIONS)
+    if high <= low:
+        raise ConfigError(
+            f"config.json: rope_parameters: high_freq_factor {high:g} must exceed low_freq_factor {low:g}"
+        )
+
+    def scaled(frequency: float) -> float:
+        wavelength = 2 * math.pi / frequency
+        if wavelength < original / high:
+            return frequency
+        if wavelength > original / low:
+            return frequency / factor
+        smooth = (original / wavelength - low) / (high - low)
+        return (1 - smooth) * frequency / factor + smooth * frequency
+
+    return [_float32(scaled(frequency)) for frequency in frequencies]
+
+
+def _yarn(rope: _Reader, head_dim: int, theta: float, base: list[float]) -> tuple[tuple[float, ...], float]:
+    factor = rope.number("factor", 1.0, 1e6)
+    original = rope.integer("original_max_position_embeddings", _MAX_POSITIONS)
+
+    def dimension(rotations: float) -> float:
+        """The dimension that makes this many turns within the original context."""
+        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    first = dimension(rope.number("beta_fast", 1e-6, 1e6))
+    last = dimension(rope.number("beta_slow", 1e-6, 1e6))
+    if rope.flag("truncate"):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    width = last - first if last != first else 0.001
+
+    def scaled(i: int) -> float:
+        ramp = min(max((i - first) / width, 0.0), 1.0)
+        return ramp / (factor * base[i]) + (1 - ramp) / base[i]
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0
+
+    if rope.get("attention_factor") is not None:
+        attention = rope.number("attention_factor", 1e-6, 1e6)
+    elif rope.get("mscale") and rope.get("mscale_all_dim"):
+        mscale, mscale_all_dim = rope.number("mscale", 0.0, 1e6), rope.number("mscale_all_dim", 0.0, 1e6)
+        attention = magnitude(mscale) / magnitude(mscale_all_dim)
+    else:
+        attention = magnitude(1.0)
+    return tuple(_float32(scaled(i)) for i in range(head_dim // 2)), attention
