@@ -13,6 +13,10 @@ class InvalidArgumentError(ElutqError, ValueError):
     """An option or argument is outside what is supported."""
 
 
+class MissingDependencyError(ElutqError, ImportError):
+    """An optional package that this operation needs is not installed."""
+
+
 class UnsupportedArchitectureError(ElutqError):
     """The model's `model_type`, or an option in its config, is not one the engine runs."""
 

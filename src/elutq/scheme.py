@@ -19,7 +19,8 @@ class QuantScheme:
 
     Args:
         bits: bit planes per weight, 1 to 4.
-        group_size: consecutive input columns that share scales and zero: 32, 64, 128, 256, or -1 for a whole row.
+        group_size: consecutive input columns that share scales and zero: 32, 64, 128, 256, or -1 for a
+            whole row.
 
     Raises:
         InvalidArgumentError: a value is outside those.
@@ -80,7 +81,8 @@ class ModelScheme:
             "bits": self.default.bits,
             "group_size": self.default.group_size,
             "modules": {
-                name: {"bits": s.bits, "group_size": s.group_size} for name, s in sorted(self.overrides.items())
+                name: {"bits": s.bits, "group_size": s.group_size}
+                for name, s in sorted(self.overrides.items())
             },
             "modules_to_not_convert": sorted(self.modules_to_not_convert),
         }
@@ -97,7 +99,8 @@ class ModelScheme:
             raise ConfigError("quantization_config must be a JSON object")
         if config.get("quant_method") != QUANT_METHOD:
             raise UnsupportedVersionError(
-                f"quant_method is {config.get('quant_method')!r}, but only {QUANT_METHOD!r} folders can be read; "
+                f"quant_method is {config.get('quant_method')!r:.80}, "
+                f"but only {QUANT_METHOD!r} folders can be read; "
                 "quantize the original model with `elutq quantize`"
             )
         version = config.get("version")
@@ -105,7 +108,8 @@ class ModelScheme:
             raise ConfigError("quantization_config.version must be an integer")
         if version != FORMAT_VERSION:
             raise UnsupportedVersionError(
-                f"the folder is in HLQ format version {version}, this release reads version {FORMAT_VERSION}; "
+                f"the folder is in HLQ format version {version}, "
+                f"this release reads version {FORMAT_VERSION}; "
                 "upgrade elutq or quantize again"
             )
         modules = config.get("modules", {})
@@ -114,9 +118,17 @@ class ModelScheme:
             raise ConfigError("quantization_config.modules must be a JSON object")
         if not isinstance(skipped, list) or not all(isinstance(s, str) for s in skipped):
             raise ConfigError("quantization_config.modules_to_not_convert must be a list of module names")
+        both = sorted(modules.keys() & set(skipped))
+        if both:
+            raise ConfigError(
+                f"quantization_config lists {both[0]!r:.200} in both modules and modules_to_not_convert"
+            )
         return cls(
             _scheme(config, "quantization_config"),
-            {name: _scheme(entry, f"quantization_config.modules[{name!r}]") for name, entry in modules.items()},
+            {
+                name: _scheme(entry, f"quantization_config.modules[{name!r}]")
+                for name, entry in modules.items()
+            },
             tuple(skipped),
         )
 

@@ -1,0 +1,137 @@
+"""What a model folder must hold, given its config: the tensors, their dtypes and shapes."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from elutq.architectures import HEAD, EngineConfig, LinearSpec, block_linears, outer_linears, vectors
+from elutq.checkpoint.safetensors import TensorInfo
+from elutq.errors import (
+    ConfigError,
+    MissingTensorError,
+    TensorDtypeError,
+    TensorShapeError,
+    UnexpectedTensorError,
+)
+from elutq.scheme import ModelScheme, QuantScheme
+
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+
+# Buffers that old exports carry along and that nothing needs: they are recomputed from the config.
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True)
+class ExpectedTensor:
+    """A tensor that a folder must hold."""
+
+    dtypes: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+def linears(engine: EngineConfig) -> list[LinearSpec]:
+    """Every matrix of the model: embedding, block linears, and the head unless it is tied."""
+    embedding, *head = outer_linears(engine)
+    return [embedding, *block_linears(engine), *head]
+
+
+def module_schemes(engine: EngineConfig, scheme: ModelScheme | None) -> dict[str, QuantScheme]:
+    """The quantized modules of a model, in model order, each with its scheme.
+
+    Raises:
+        ConfigError: `scheme` names a module that the model does not have.
+    """
+    if scheme is None:
+        return {}
+    blocks = {linear.name for linear in block_linears(engine)}
+    known = [linear.name for linear in linears(engine)]
+    # A tied head may be listed as kept, as other tools do, but it has no scheme of its own.
+    for name in {*scheme.overrides, *scheme.modules_to_not_convert} - {*known}:
+        if name != HEAD or name in scheme.overrides:
+            raise ConfigError(
+                f"quantization_config names {name!r:.200}, which is no linear module of this model"
+            )
+    schemes = {
+        name: scheme.for_block_linear(name) if name in blocks else scheme.overrides.get(name)
+        for name in known
+    }
+    return {name: found for name, found in schemes.items() if found is not None}
+
+
+def hlq_tensors(linear: LinearSpec, scheme: QuantScheme) -> dict[str, ExpectedTensor]:
+    """The three tensors of a quantized module, by name."""
+    name, rows, columns = linear
+    groups = scheme.groups(columns)
+    return {
+        f"{name}.planes": ExpectedTensor(("U8",), (scheme.bits, rows, -(-columns // 8))),
+        f"{name}.scales": ExpectedTensor(("F16",), (rows, groups, scheme.bits)),
+        f"{name}.zeros": ExpectedTensor(("F16",), (rows, groups)),
+    }
+
+
+def expected_tensors(engine: EngineConfig, scheme: ModelScheme | None) -> dict[str, ExpectedTensor]:
+    """Every tensor of the folder, in model order: matrices first, then norms and biases.
+
+    Raises:
+        ConfigError: `scheme` names a module that the model does not have.
+    """
+    schemes = module_schemes(engine, scheme)
+    expected: dict[str, ExpectedTensor] = {}
+    for linear in linears(engine):
+        if linear.name in schemes:
+            expected.update(hlq_tensors(linear, schemes[linear.name]))
+        else:
+            shape = (linear.out_features, linear.in_features)
+            expected[f"{linear.name}.weight"] = ExpectedTensor(FLOAT_DTYPES, shape)
+    for vector in vectors(engine):
+        expected[vector.name] = ExpectedTensor(FLOAT_DTYPES, (vector.size,))
+    return expected
+
+
+def check_contents(
+    engine: EngineConfig, scheme: ModelScheme | None, found: Mapping[str, TensorInfo], where: str
+) -> None:
+    """Compare the folder's tensors with what its config calls for.
+
+    Raises:
+        MissingTensorError: a tensor is not there.
+        UnexpectedTensorError: a tensor is there that the config does not call for.
+        TensorDtypeError: a dtype is not the one required.
+        TensorShapeError: a shape is not the one required.
+        ConfigError: `scheme` names a module that the model does not have.
+    """
+    expected = expected_tensors(engine, scheme)
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise MissingTensorError(
+            f"{where} lacks {_some(missing)}, which config.json calls for; get the complete folder"
+        )
+    extra = [name for name in found if name not in expected and not _is_ignored(name, engine, scheme)]
+    if extra:
+        raise UnexpectedTensorError(
+            f"{where} holds {_some(extra)}, which config.json does not call for; "
+            "the config belongs to another model, or the model is of a kind that is not supported"
+        )
+    for name, required in expected.items():
+        info = found[name]
+        if info.dtype not in required.dtypes:
+            raise TensorDtypeError(
+                f"{name} in {where} is {info.dtype}, but must be {' or '.join(required.dtypes)}"
+            )
+        if info.shape != required.shape:
+            raise TensorShapeError(
+                f"{name} in {where} has shape {list(info.shape)}, "
+                f"but config.json calls for {list(required.shape)}"
+            )
+
+
+def _is_ignored(name: str, engine: EngineConfig, scheme: ModelScheme | None) -> bool:
+    """Tensors that folders not written by us may carry: they repeat what is stored elsewhere."""
+    if scheme is not None:
+        return False
+    return name.endswith(_IGNORED_SUFFIXES) or (engine.tie_word_embeddings and name == f"{HEAD}.weight")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = [name if name.isprintable() else repr(name) for name in names]
+    shown = ", ".join(name[:200] for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"
