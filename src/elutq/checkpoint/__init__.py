@@ -1,6 +1,19 @@
 """Model folders on disk: Hugging Face folders as they come, and HLQ folders (`docs/format.md`)."""
 
+from elutq.checkpoint.contents import Part, model_parts
+from elutq.checkpoint.folder import HUB_ID, side_files
 from elutq.checkpoint.reader import Checkpoint
-from elutq.checkpoint.safetensors import TensorInfo
+from elutq.checkpoint.safetensors import TensorInfo, TensorSpec
+from elutq.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 
-__all__ = ["Checkpoint", "TensorInfo"]
+__all__ = [
+    "DEFAULT_SHARD_BYTES",
+    "HUB_ID",
+    "Checkpoint",
+    "CheckpointWriter",
+    "Part",
+    "TensorInfo",
+    "TensorSpec",
+    "model_parts",
+    "side_files",
+]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from elutq.architectures import HEAD, EngineConfig, LinearSpec, block_linears, outer_linears, vectors
-from elutq.checkpoint.safetensors import TensorInfo
+from elutq.checkpoint.safetensors import TensorInfo, TensorSpec
 from elutq.errors import (
     ConfigError,
     MissingTensorError,
@@ -26,6 +26,35 @@ class ExpectedTensor:
 
     dtypes: tuple[str, ...]
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A matrix or vector of a model, stored in one tensor or, quantized, in three.
+
+    Attributes:
+        name: module name of a matrix, full tensor name of a norm or bias.
+        shape: (out_features, in_features), or (size,).
+        scheme: how it is quantized, or None.
+        tensors: what is stored, by name.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: QuantScheme | None
+    tensors: Mapping[str, ExpectedTensor]
+
+    @property
+    def source(self) -> str:
+        """Name of its tensor in a model that is not quantized."""
+        return f"{self.name}.weight" if len(self.shape) == 2 else self.name
+
+    def specs(self, found: Mapping[str, TensorInfo]) -> list[TensorSpec]:
+        """What is stored, exactly; `found` tells the dtype of a tensor that may have one of several."""
+        return [
+            TensorSpec(name, tensor.dtypes[0] if self.scheme else found[name].dtype, tensor.shape)
+            for name, tensor in self.tensors.items()
+        ]
 
 
 def linears(engine: EngineConfig) -> list[LinearSpec]:
@@ -68,23 +97,26 @@ def hlq_tensors(linear: LinearSpec, scheme: QuantScheme) -> dict[str, ExpectedTe
     }
 
 
-def expected_tensors(engine: EngineConfig, scheme: ModelScheme | None) -> dict[str, ExpectedTensor]:
-    """Every tensor of the folder, in model order: matrices first, then norms and biases.
+def model_parts(engine: EngineConfig, scheme: ModelScheme | None) -> list[Part]:
+    """Everything a model's folder must hold: matrices in model order, then norms and biases.
 
     Raises:
         ConfigError: `scheme` names a module that the model does not have.
     """
     schemes = module_schemes(engine, scheme)
-    expected: dict[str, ExpectedTensor] = {}
+    parts = []
     for linear in linears(engine):
+        shape = (linear.out_features, linear.in_features)
         if linear.name in schemes:
-            expected.update(hlq_tensors(linear, schemes[linear.name]))
+            found = schemes[linear.name]
+            parts.append(Part(linear.name, shape, found, hlq_tensors(linear, found)))
         else:
-            shape = (linear.out_features, linear.in_features)
-            expected[f"{linear.name}.weight"] = ExpectedTensor(FLOAT_DTYPES, shape)
+            tensor = ExpectedTensor(FLOAT_DTYPES, shape)
+            parts.append(Part(linear.name, shape, None, {f"{linear.name}.weight": tensor}))
     for vector in vectors(engine):
-        expected[vector.name] = ExpectedTensor(FLOAT_DTYPES, (vector.size,))
-    return expected
+        tensor = ExpectedTensor(FLOAT_DTYPES, (vector.size,))
+        parts.append(Part(vector.name, (vector.size,), None, {vector.name: tensor}))
+    return parts
 
 
 def check_contents(
@@ -99,7 +131,7 @@ def check_contents(
         TensorShapeError: a shape is not the one required.
         ConfigError: `scheme` names a module that the model does not have.
     """
-    expected = expected_tensors(engine, scheme)
+    expected = {name: tensor for part in model_parts(engine, scheme) for name, tensor in part.tensors.items()}
     missing = [name for name in expected if name not in found]
     if missing:
         raise MissingTensorError(

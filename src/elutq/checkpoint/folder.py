@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ _TORCH_INDEX_FILE = "pytorch_model.bin.index.json"
 #: Files beside the weights that make up a model: tokenizer, generation settings, licence.
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*")
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+#: `org/model`, or a bare `model`.
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _JSON_LIMIT = 100_000_000
 
 
@@ -35,7 +37,7 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     if path.exists():
         raise MissingFileError(f"{path} is a file; give the model's folder")
     name = os.fspath(source)
-    if not _HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         raise MissingFileError(f"there is no folder {name}")
     return _download(name)
 
@@ -145,3 +147,15 @@ def _read_json_file(path: Path) -> bytes:
     if len(text) > _JSON_LIMIT:
         raise HeaderError(f"{path} is larger than {_JSON_LIMIT} bytes; it cannot be a model's {path.name}")
     return text
+
+
+def side_files(folder: Path) -> list[Path]:
+    """The files that go along when a model is copied: all but weights, their index, the config and code."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and any(fnmatchcase(path.name, pattern) for pattern in SIDE_FILES)
+        and path.name != CONFIG_FILE
+        and not path.name.endswith(".index.json")
+    ]
