@@ -18,19 +18,22 @@
 ///
 ///     entry[slot][i] = (±x[4*slot] ±x[4*slot+1] ±x[4*slot+2] ±x[4*slot+3]) / 2     + where bit j of i is set
 ///
-/// They are computed once per token, rounded to int8 under one scale per SEGMENT, and every row then looks its own
-/// four bits up. A segment is `segment_size` consecutive columns: a whole group, or 128 columns of a longer group, the
-/// last one possibly shorter. Integers add exactly, so the sum of a segment is the same on every instruction set, bit
-/// for bit; and the floating-point steps that follow are fixed, fused multiply-adds included:
+/// They are computed once per token, added as (±x0 ±x1) + (±x2 ±x3), rounded to int8 under one scale per SEGMENT, and
+/// every row then looks its own four bits up. A segment is `segment_size` consecutive columns: a whole group, or 128
+/// columns of a longer group, the last one possibly shorter. Integers add exactly, so the sum of a segment is the same
+/// on every instruction set, bit for bit; and the floating-point steps that follow are fixed, fused multiply-adds
+/// included:
 ///
 ///     for each segment, in order, with g its group:
-///       u   = 0;    for p = 0 .. bits-1:  u   = fma(scale[p], float(isum[p]), u)
+///       u   = scale[0] * float(isum[0]);  for p = 1 .. bits-1:  u   = fma(scale[p], float(isum[p]), u)
 ///       acc = fma(u, table_scale[segment], acc)
-///       mid = zero; for p = 0 .. bits-1:  mid = fma(0.5, scale[p], mid)
+///       mid = zero;                       for p = 0 .. bits-1:  mid = fma(0.5, scale[p], mid)
 ///       acc = fma(mid, table_sum[segment], acc)
 ///
 /// Therefore one output depends on its own row and its own token alone: not on the batch, the number of threads, the
-/// split of the rows or the instruction set.
+/// split of the rows or the instruction set. The other entries keep the same promise: wherever they add floats, they
+/// add them in 16 lanes (element i to lane i % 16, in order) and then fold lane i + 8 onto i, i + 4, i + 2, i + 1. So a
+/// whole forward pass gives the same bits on every machine.
 
 #include <cstdint>
 #include <string_view>
@@ -46,18 +49,22 @@ inline constexpr int64_t kColumnPadding = 32;
 inline constexpr int64_t kMaxSegment = 128;
 inline constexpr int kMaxBits = 4;
 
-/// Dimensions of an HLQ matrix. group_size is in columns: a whole-row group has group_size == in_features.
+/// Dimensions of an HLQ matrix. group_size is in columns: a multiple of 32, or in_features for a whole-row group.
+/// The members are always inlined because objects of every instruction set use them: an out-of-line copy that the
+/// linker took from an AVX-512 object would crash a smaller machine.
 struct HlqShape {
   int64_t out_features = 0;
   int64_t in_features = 0;
   int bits = 0;
   int64_t group_size = 0;
 
-  int64_t groups() const { return (in_features + group_size - 1) / group_size; }
-  int64_t segment_size() const { return group_size < kMaxSegment ? group_size : kMaxSegment; }
-  int64_t segments() const { return (in_features + segment_size() - 1) / segment_size(); }
-  int64_t padded_in() const { return (in_features + kColumnPadding - 1) / kColumnPadding * kColumnPadding; }
-  int64_t slots() const { return padded_in() / kSlotColumns; }
+  [[gnu::always_inline]] int64_t groups() const { return (in_features + group_size - 1) / group_size; }
+  [[gnu::always_inline]] int64_t segment_size() const { return group_size < kMaxSegment ? group_size : kMaxSegment; }
+  [[gnu::always_inline]] int64_t segments() const { return (in_features + segment_size() - 1) / segment_size(); }
+  [[gnu::always_inline]] int64_t padded_in() const {
+    return (in_features + kColumnPadding - 1) / kColumnPadding * kColumnPadding;
+  }
+  [[gnu::always_inline]] int64_t slots() const { return padded_in() / kSlotColumns; }
 };
 
 /// An HLQ matrix as it lies on disk (docs/format.md).
@@ -71,8 +78,8 @@ struct HlqView {
 /// Lookup tables of one token for matrices of one in_features and segment_size; the same on every instruction set.
 /// Memory is owned by the caller; entries must be aligned to 64 bytes.
 struct TableView {
-  uint8_t* entries = nullptr;  ///< [slots][16]: 128 + round(entry / scale of its segment), half to even, in 1..255
-  float* scales = nullptr;     ///< [segments]: max |entry| of the segment / 127, or 0 when all are 0
+  uint8_t* entries = nullptr;  ///< [slots][16]: 128 + round(entry * (127 / largest)), half to even, in 1..255
+  float* scales = nullptr;     ///< [segments]: largest / 127 with largest = max |entry|; 0 when that is below 2^-100
   float* sums = nullptr;       ///< [segments]: sum of the segment's activations
 };
 
@@ -129,7 +136,8 @@ struct KernelTable {
   /// y = gate / (1 + exp(-gate)) * up, elementwise. y may be gate.
   void (*silu_mul)(const float* gate, const float* up, int64_t count, float* y);
   /// Attention of `heads` query heads that share one key-value head, one token, all positions of the spans visible:
-  /// out[h] = sum_j softmax_j(scale * q[h].k[j]) v[j]. q, out: [heads][head_dim]; scores: scratch [heads][sum of lengths].
+  /// out[h] = sum_j softmax_j(scale * q[h].k[j]) v[j]. q, out: [heads][head_dim]; scores: scratch [heads][sum of
+  /// lengths].
   void (*attention)(const float* q, int64_t heads, int64_t head_dim, const KvSpan* spans, int64_t span_count,
                     float scale, float* scores, float* out);
 };

@@ -1,0 +1,63 @@
+// Lookup for machines that look bytes up in one table of 16 per instruction (pshufb, tbl).
+//
+// A vector of kBytes bytes holds two slots of kBytes rows:
+//
+//     byte byte_of_row(r) = row r:    low nibble  = slot 2v      (columns 8v .. 8v+3)
+//                                     high nibble = slot 2v + 1  (columns 8v+4 .. 8v+7)
+//
+// so packing a block is a byte transpose of the planes on disk. Four such vectors, v = 0..3, make a block. Both nibbles
+// are looked up in the table of their slot, the same for all rows, and the found bytes are added in 16 bits: a segment
+// has at most 32 slots, and 32 * 255 < 65536.
+//
+// The instruction set offers: kBytes, Bytes, load_bytes, load_table (16 bytes for every lane), low_nibbles,
+// high_nibbles, lookup; Sums (zero when default-made), add(Sums&, Bytes), to_floats(Sums, part, bias): sums less bias
+// of rows 16 * part .. 16 * part + 15; byte_of_row.
+
+namespace elutq {
+namespace {
+
+struct Lookup {
+  static constexpr int kTileRows = kBytes;
+  static constexpr int kStripRows = kBytes;
+  using Accumulator = Sums;
+
+  static void put(uint32_t columns, int row, uint8_t* plane) {
+    for (int v = 0; v < 4; ++v) plane[v * kBytes + byte_of_row(row)] = static_cast<uint8_t>(columns >> (8 * v));
+  }
+
+  static uint32_t get(const uint8_t* plane, int row) {
+    uint32_t columns = 0;
+    for (int v = 0; v < 4; ++v) columns |= static_cast<uint32_t>(plane[v * kBytes + byte_of_row(row)]) << (8 * v);
+    return columns;
+  }
+
+  /// Adds the entries of one block of 32 columns of one strip, for `bits` planes and `tokens` tokens.
+  template <int bits, int tokens>
+  ELUTQ_INLINE static void add_block(const uint8_t* planes, const uint8_t* const (&entries)[tokens],
+                                     Accumulator (&sums)[bits][tokens]) {
+    ELUTQ_UNROLL
+    for (int v = 0; v < 4; ++v) {
+      Bytes low[bits];
+      Bytes high[bits];
+      ELUTQ_UNROLL
+      for (int p = 0; p < bits; ++p) {
+        const Bytes both = load_bytes(planes + p * 4 * kBytes + v * kBytes);
+        low[p] = low_nibbles(both);
+        high[p] = high_nibbles(both);
+      }
+      ELUTQ_UNROLL
+      for (int t = 0; t < tokens; ++t) {
+        const Bytes low_table = load_table(entries[t] + v * 32);
+        const Bytes high_table = load_table(entries[t] + v * 32 + 16);
+        ELUTQ_UNROLL
+        for (int p = 0; p < bits; ++p) {
+          add(sums[p][t], lookup(low_table, low[p]));
+          add(sums[p][t], lookup(high_table, high[p]));
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace elutq

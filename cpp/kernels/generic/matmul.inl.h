@@ -1,0 +1,155 @@
+// y = W x from lookup tables: integer sums over a segment, then the fused multiply-adds that kernels.h fixes.
+
+namespace elutq {
+namespace {
+
+constexpr int kStripRows = Lookup::kStripRows;
+constexpr int kStrips = Lookup::kTileRows / kStripRows;
+constexpr int kParts = kStripRows / kLanes;
+constexpr int64_t kBlockEntries = kBlockColumns / kSlotColumns * 16;  // bytes of tables per block
+
+/// Segments [begin, end) of strips [first_strip, first_strip + strips) of one tile.
+/// acc: [tokens][strips * kStripRows], the sums so far.
+template <int bits, int tokens, int strips>
+void multiply(const Layout& layout, const uint8_t* tile, int first_strip, const TableView* tables, int64_t begin,
+              int64_t end, float* acc) {
+  int64_t group = begin / layout.segments_per_group;
+  int64_t segment_in_group = begin - group * layout.segments_per_group;
+  int64_t block = begin * layout.segment_blocks;
+  for (int64_t segment = begin; segment < end; ++segment) {
+    const uint8_t* parameters = tile + group * layout.group_bytes + first_strip * kStripRows * 2;
+    const uint8_t* planes = tile + group * layout.group_bytes + layout.parameter_bytes +
+                            segment_in_group * layout.segment_blocks * layout.block_bytes +
+                            first_strip * (kPlaneBytes / kStrips);
+    const int64_t blocks = min_of(layout.segment_blocks, layout.blocks - block);
+
+    typename Lookup::Accumulator sums[strips][bits][tokens] = {};
+    const uint8_t* entries[tokens];
+    ELUTQ_UNROLL
+    for (int t = 0; t < tokens; ++t) entries[t] = tables[t].entries + block * kBlockEntries;
+    for (int64_t b = 0; b < blocks; ++b) {
+      ELUTQ_UNROLL
+      for (int s = 0; s < strips; ++s) {
+        Lookup::template add_block<bits, tokens>(planes + s * (kPlaneBytes / kStrips), entries, sums[s]);
+      }
+      planes += layout.block_bytes;
+      ELUTQ_UNROLL
+      for (int t = 0; t < tokens; ++t) entries[t] += kBlockEntries;
+    }
+
+    const int bias = static_cast<int>(blocks * (kBlockColumns / kSlotColumns) * 128);
+    ELUTQ_UNROLL
+    for (int s = 0; s < strips; ++s) {
+      ELUTQ_UNROLL
+      for (int part = 0; part < kParts; ++part) {
+        const int row = s * kStripRows + part * kLanes;
+        Floats scales[bits];
+        Floats mid = load_half(parameters + (bits * kTileRows + row) * 2);
+        ELUTQ_UNROLL
+        for (int p = 0; p < bits; ++p) {
+          scales[p] = load_half(parameters + (p * kTileRows + row) * 2);
+          mid = fma(splat(0.5f), scales[p], mid);
+        }
+        ELUTQ_UNROLL
+        for (int t = 0; t < tokens; ++t) {
+          Floats u = scales[0] * to_floats(sums[s][0][t], part, bias);
+          ELUTQ_UNROLL
+          for (int p = 1; p < bits; ++p) u = fma(scales[p], to_floats(sums[s][p][t], part, bias), u);
+          float* to = acc + t * (strips * kStripRows) + row;
+          const Floats with_planes = fma(u, splat(tables[t].scales[segment]), load(to));
+          store(fma(mid, splat(tables[t].sums[segment]), with_planes), to);
+        }
+      }
+    }
+    block += layout.segment_blocks;
+    if (++segment_in_group == layout.segments_per_group) {
+      segment_in_group = 0;
+      ++group;
+    }
+  }
+}
+
+/// The same for one whole tile, with the sums so far in y (when begin > 0). rows: how many of the tile exist.
+template <int bits, int tokens, int strips>
+void multiply_tile(const Layout& layout, const uint8_t* tile, const TableView* tables, int64_t begin, int64_t end,
+                   int64_t rows, float* y, int64_t y_stride) {
+  constexpr int64_t kRows = strips * kStripRows;
+  for (int first_strip = 0; first_strip < kStrips; first_strip += strips) {
+    const int64_t first_row = first_strip * kStripRows;
+    const int64_t left = min_of(kRows, rows - first_row);
+    if (left <= 0) return;
+    const size_t bytes = static_cast<size_t>(left) * sizeof(float);
+    alignas(64) float acc[tokens * kRows] = {};
+    if (begin > 0) {
+      for (int t = 0; t < tokens; ++t) std::memcpy(acc + t * kRows, y + t * y_stride + first_row, bytes);
+    }
+    multiply<bits, tokens, strips>(layout, tile, first_strip, tables, begin, end, acc);
+    for (int t = 0; t < tokens; ++t) std::memcpy(y + t * y_stride + first_row, acc + t * kRows, bytes);
+  }
+}
+
+// Tables of one pass, tokens * columns * 4 bytes, stay in the first-level cache; the rows of one chunk, read again for
+// every pass, in the second.
+constexpr int64_t kTableBytes = 20 * 1024;
+constexpr int64_t kChunkBytes = 384 * 1024;
+
+/// All rows of a chunk for `tokens` tokens, columns in runs whose tables fit the first-level cache.
+template <int bits, int tokens>
+void multiply_chunk(const Layout& layout, const uint8_t* packed, const TableView* tables, int64_t row_begin,
+                    int64_t row_end, float* y, int64_t y_stride) {
+  const int64_t segment_bytes = layout.segment_blocks * kBlockEntries * tokens;
+  const int64_t run = tokens == 1 ? layout.segments : (kTableBytes + segment_bytes - 1) / segment_bytes;
+  for (int64_t begin = 0; begin < layout.segments; begin += run) {
+    const int64_t end = min_of(begin + run, layout.segments);
+    for (int64_t row = row_begin; row < row_end; row += kTileRows) {
+      const uint8_t* tile = packed + row / kTileRows * layout.tile_bytes;
+      constexpr int kStripsPerPass = tokens == 1 ? kStrips : 1;
+      multiply_tile<bits, tokens, kStripsPerPass>(layout, tile, tables, begin, end, row_end - row, y + row, y_stride);
+    }
+  }
+}
+
+/// Takes `count` tokens off the front while they last.
+template <int bits, int count>
+ELUTQ_INLINE void take_tokens(const Layout& layout, const uint8_t* packed, const TableView*& tables, int64_t& tokens,
+                              int64_t row_begin, int64_t row_end, float*& y, int64_t y_stride) {
+  for (; tokens >= count; tokens -= count, tables += count, y += count * y_stride) {
+    multiply_chunk<bits, count>(layout, packed, tables, row_begin, row_end, y, y_stride);
+  }
+}
+
+template <int bits>
+void matmul_bits(const HlqShape& shape, const uint8_t* packed, const TableView* tables, int64_t tokens,
+                 int64_t row_begin, int64_t row_end, float* y, int64_t y_stride) {
+  const Layout layout(shape);
+  const int64_t chunk_tiles = tokens == 1 ? (row_end - row_begin) : kChunkBytes / layout.tile_bytes;
+  const int64_t chunk = (chunk_tiles > 0 ? chunk_tiles : 1) * kTileRows;
+  for (int64_t begin = row_begin; begin < row_end; begin += chunk) {
+    const int64_t end = min_of(begin + chunk, row_end);
+    const TableView* next = tables;
+    int64_t left = tokens;
+    float* to = y;
+    constexpr int kMost = kMostTokens[bits];
+    take_tokens<bits, kMost>(layout, packed, next, left, begin, end, to, y_stride);
+    if constexpr (kMost > 4) take_tokens<bits, 4>(layout, packed, next, left, begin, end, to, y_stride);
+    if constexpr (kMost > 2) take_tokens<bits, 2>(layout, packed, next, left, begin, end, to, y_stride);
+    if constexpr (kMost > 1) take_tokens<bits, 1>(layout, packed, next, left, begin, end, to, y_stride);
+  }
+}
+
+void matmul(const HlqShape& shape, const uint8_t* packed, const TableView* tables, int64_t tokens, int64_t row_begin,
+            int64_t row_end, float* y, int64_t y_stride) {
+  switch (shape.bits) {
+    case 1:
+      return matmul_bits<1>(shape, packed, tables, tokens, row_begin, row_end, y, y_stride);
+    case 2:
+      return matmul_bits<2>(shape, packed, tables, tokens, row_begin, row_end, y, y_stride);
+    case 3:
+      return matmul_bits<3>(shape, packed, tables, tokens, row_begin, row_end, y, y_stride);
+    default:
+      return matmul_bits<4>(shape, packed, tables, tokens, row_begin, row_end, y, y_stride);
+  }
+}
+
+}  // namespace
+}  // namespace elutq

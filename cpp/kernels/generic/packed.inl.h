@@ -1,0 +1,134 @@
+// The packed matrix. A tile of kTileRows rows is one sequential stream:
+//
+//     for each group:   scales fp16 [bits][kTileRows], zeros fp16 [kTileRows]
+//         for each block of 32 columns of the group:   planes [bits][kTileRows * 4 bytes]
+//
+// How the 32 x kTileRows bits of one plane lie inside their block is the business of the lookup (Lookup::put and
+// Lookup::get). Rows past out_features and columns past in_features are zero.
+
+namespace elutq {
+namespace {
+
+constexpr int64_t kBlockColumns = kColumnPadding;
+constexpr int64_t kTileRows = Lookup::kTileRows;
+constexpr int64_t kPlaneBytes = kTileRows * kBlockColumns / 8;
+
+struct Layout {
+  int64_t in_features;
+  int64_t bits;
+  int64_t groups;
+  int64_t blocks;              // in a row
+  int64_t group_blocks;        // in a full group
+  int64_t segment_blocks;      // in a full segment
+  int64_t segments;            // in a row
+  int64_t segments_per_group;  // in a full group
+  int64_t parameter_bytes;     // scales and zeros of a group
+  int64_t block_bytes;
+  int64_t group_bytes;  // of a full group
+  int64_t tile_bytes;
+
+  explicit Layout(const HlqShape& shape)
+      : in_features(shape.in_features),
+        bits(shape.bits),
+        groups(shape.groups()),
+        blocks(shape.padded_in() / kBlockColumns),
+        group_blocks((shape.group_size + kBlockColumns - 1) / kBlockColumns),
+        segment_blocks((shape.segment_size() + kBlockColumns - 1) / kBlockColumns),
+        segments(shape.segments()),
+        segments_per_group((shape.group_size + shape.segment_size() - 1) / shape.segment_size()),
+        parameter_bytes((shape.bits + 1) * kTileRows * 2),
+        block_bytes(shape.bits * kPlaneBytes),
+        group_bytes(parameter_bytes + group_blocks * block_bytes),
+        tile_bytes(groups * parameter_bytes + blocks * block_bytes) {}
+
+  /// Blocks in group `group`; the last group may be short.
+  int64_t blocks_of(int64_t group) const { return min_of(group_blocks, blocks - group * group_blocks); }
+};
+
+int64_t packed_bytes(const HlqShape& shape) {
+  return (shape.out_features + kTileRows - 1) / kTileRows * Layout(shape).tile_bytes;
+}
+
+/// Bits of the 32 columns from 32 * block on, from the row of one plane on disk; the tail reads as zero.
+ELUTQ_INLINE uint32_t read_block(const uint8_t* row, int64_t block, int64_t row_bytes) {
+  uint32_t columns = 0;
+  const int64_t bytes = min_of(4, row_bytes - block * 4);
+  if (bytes == 4) {
+    std::memcpy(&columns, row + block * 4, 4);
+  } else {
+    std::memcpy(&columns, row + block * 4, static_cast<size_t>(bytes));
+  }
+  return columns;
+}
+
+void pack(const HlqView& matrix, int64_t row_begin, int64_t row_end, uint8_t* packed) {
+  const HlqShape& shape = matrix.shape;
+  const Layout layout(shape);
+  const int64_t row_bytes = (shape.in_features + 7) / 8;
+  for (int64_t first = row_begin; first < row_end; first += kTileRows) {
+    const int64_t rows = min_of(kTileRows, row_end - first);
+    uint8_t* tile = packed + first / kTileRows * layout.tile_bytes;
+    if (rows < kTileRows) std::memset(tile, 0, static_cast<size_t>(layout.tile_bytes));
+    for (int64_t group = 0; group < layout.groups; ++group) {
+      uint8_t* parameters = tile + group * layout.group_bytes;
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t index = (first + r) * layout.groups + group;
+        for (int64_t p = 0; p < layout.bits; ++p) {
+          std::memcpy(parameters + (p * kTileRows + r) * 2, matrix.scales + index * layout.bits + p, 2);
+        }
+        std::memcpy(parameters + (layout.bits * kTileRows + r) * 2, matrix.zeros + index, 2);
+      }
+      const int64_t blocks = layout.blocks_of(group);
+      uint8_t* planes = parameters + layout.parameter_bytes;
+      for (int64_t p = 0; p < layout.bits; ++p) {
+        for (int64_t r = 0; r < rows; ++r) {
+          const uint8_t* row = matrix.planes + (p * shape.out_features + first + r) * row_bytes;
+          for (int64_t b = 0; b < blocks; ++b) {
+            const uint32_t columns = read_block(row, group * layout.group_blocks + b, row_bytes);
+            Lookup::put(columns, static_cast<int>(r), planes + b * layout.block_bytes + p * kPlaneBytes);
+          }
+        }
+      }
+    }
+  }
+}
+
+/// Columns [begin, end) of a row as fp32; begin is a multiple of 32.
+void unpack_columns(const Layout& layout, const uint8_t* packed, int64_t row, int64_t begin, int64_t end,
+                    float* weights) {
+  const int r = static_cast<int>(row % kTileRows);
+  const uint8_t* tile = packed + row / kTileRows * layout.tile_bytes;
+  for (int64_t column = begin; column < end; column += kBlockColumns) {
+    const int64_t block = column / kBlockColumns;
+    const int64_t group = block / layout.group_blocks;
+    const uint8_t* parameters = tile + group * layout.group_bytes;
+    const uint8_t* planes =
+        parameters + layout.parameter_bytes + (block - group * layout.group_blocks) * layout.block_bytes;
+    Floats low = splat_half(parameters + (layout.bits * kTileRows + r) * 2);
+    Floats high = low;
+    for (int64_t p = 0; p < layout.bits; ++p) {
+      const Floats scale = splat_half(parameters + (p * kTileRows + r) * 2);
+      const uint32_t columns = Lookup::get(planes + p * kPlaneBytes, r);
+      low = fma(scale, from_bits(columns & 0xffffu), low);
+      high = fma(scale, from_bits(columns >> 16), high);
+    }
+    float* to = weights + (column - begin);
+    const int64_t left = end - column;
+    if (left >= kBlockColumns) {
+      store(low, to);
+      store(high, to + kLanes);
+    } else if (left > kLanes) {
+      store(low, to);
+      store_part(high, to + kLanes, left - kLanes);
+    } else {
+      store_part(low, to, left);
+    }
+  }
+}
+
+void unpack_row(const HlqShape& shape, const uint8_t* packed, int64_t row, float* weights) {
+  unpack_columns(Layout(shape), packed, row, 0, shape.in_features, weights);
+}
+
+}  // namespace
+}  // namespace elutq

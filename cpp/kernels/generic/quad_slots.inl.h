@@ -1,0 +1,75 @@
+// Lookup for machines that look bytes up in four tables of 16 at once (vpermb, tbl over four registers) and add four
+// adjacent bytes into 32 bits (vpdpbusd, udot).
+//
+// A vector of 64 bytes holds eight slots of 16 rows:
+//
+//     byte 4r + j = row r:    low nibble  = slot j        (columns 4j .. 4j+3)
+//                             high nibble = slot 4 + j    (columns 4j+16 .. 4j+19)        j = 0..3
+//
+// which is 32 columns: one block is one vector per 16 rows. Setting bits 4 and 5 of byte j to j turns a nibble into an
+// index into the 64 bytes of four consecutive tables; the four bytes found belong to one row, and one instruction adds
+// them to the row's 32-bit sum. A tile has two strips of 16 rows: one token takes both at once, to have sums enough in
+// flight; several tokens take them one after the other.
+//
+// The instruction set offers: Bytes (64), load_bytes, low_index, high_index, lookup; Sums (16 x 32 bits, zero when
+// default-made), add(Sums&, Bytes), to_floats(Sums, part, bias).
+
+namespace elutq {
+namespace {
+
+struct Lookup {
+  static constexpr int kTileRows = 32;
+  static constexpr int kStripRows = 16;
+  using Accumulator = Sums;
+
+  /// Nibbles 7654'3210 -> 73'62'51'40.
+  static void put(uint32_t columns, int row, uint8_t* plane) {
+    const uint32_t bytes = spread(columns) | spread(columns >> 16) << 4;
+    std::memcpy(plane + 4 * row, &bytes, 4);
+  }
+
+  static uint32_t get(const uint8_t* plane, int row) {
+    uint32_t bytes;
+    std::memcpy(&bytes, plane + 4 * row, 4);
+    return gather(bytes) | gather(bytes >> 4) << 16;
+  }
+
+  /// Adds the entries of one block of 32 columns of one strip, for `bits` planes and `tokens` tokens.
+  template <int bits, int tokens>
+  ELUTQ_INLINE static void add_block(const uint8_t* planes, const uint8_t* const (&entries)[tokens],
+                                     Accumulator (&sums)[bits][tokens]) {
+    Bytes low[bits];
+    Bytes high[bits];
+    ELUTQ_UNROLL
+    for (int p = 0; p < bits; ++p) {
+      const Bytes both = load_bytes(planes + p * 4 * kTileRows);
+      low[p] = low_index(both);
+      high[p] = high_index(both);
+    }
+    ELUTQ_UNROLL
+    for (int t = 0; t < tokens; ++t) {
+      const Bytes low_tables = load_bytes(entries[t]);
+      const Bytes high_tables = load_bytes(entries[t] + 64);
+      ELUTQ_UNROLL
+      for (int p = 0; p < bits; ++p) {
+        add(sums[p][t], lookup(low_tables, low[p]));
+        add(sums[p][t], lookup(high_tables, high[p]));
+      }
+    }
+  }
+
+ private:
+  /// The low four nibbles into the low halves of four bytes, and back.
+  static uint32_t spread(uint32_t v) {
+    v = (v & 0xffu) | (v & 0xff00u) << 8;
+    return (v | v << 4) & 0x0f0f0f0fu;
+  }
+  static uint32_t gather(uint32_t v) {
+    v &= 0x0f0f0f0fu;
+    v = (v | v >> 4) & 0x00ff00ffu;
+    return (v | v >> 8) & 0xffffu;
+  }
+};
+
+}  // namespace
+}  // namespace elutq
