@@ -1,27 +1,27 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <span>
 
 namespace elutq {
+
+/// Uninitialized memory aligned to a cache line, or to a huge page (which Linux is then asked for) from
+/// kHugePageBytes on. Throws std::bad_alloc. Release it with free_aligned.
+void* allocate_aligned(size_t bytes);
+void free_aligned(void* memory);
+
+inline constexpr size_t kCacheLineBytes = 64;
+inline constexpr size_t kHugePageBytes = size_t{2} << 20;
 
 /// Owning array of trivially copyable T, aligned to a cache line and not initialized. Large ones are zero pages until
 /// touched.
 template <typename T>
 class AlignedBuffer {
  public:
-  static constexpr size_t kAlignment = 64;
-
   AlignedBuffer() = default;
   explicit AlignedBuffer(size_t size) : size_(size) {
-    if (size == 0) return;
-    const size_t bytes = (size * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    void* memory = std::aligned_alloc(kAlignment, bytes);
-    if (memory == nullptr) throw std::bad_alloc();
-    data_.reset(static_cast<T*>(memory));
+    if (size != 0) data_.reset(static_cast<T*>(allocate_aligned(size * sizeof(T))));
   }
 
   T* data() { return data_.get(); }
@@ -35,7 +35,7 @@ class AlignedBuffer {
 
  private:
   struct Free {
-    void operator()(T* p) const { std::free(p); }
+    void operator()(T* p) const { free_aligned(p); }
   };
   std::unique_ptr<T, Free> data_;
   size_t size_ = 0;

@@ -1,4 +1,7 @@
 // The Python face of the core: converts arguments and forwards. No logic lives here; one file per room that is bound.
-#include <nanobind/nanobind.h>
+#include "bindings/bindings.h"
 
-NB_MODULE(_core, m) { m.doc() = "Compiled core of elutq. Private: import elutq.runtime or elutq.hlq instead."; }
+NB_MODULE(_core, m) {
+  m.doc() = "Compiled core of elutq. Private: import elutq.runtime or elutq.hlq instead.";
+  bind_kernels(m);
+}

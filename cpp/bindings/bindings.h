@@ -1,0 +1,6 @@
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+/// One function per room that is bound; each adds its own to the module.
+void bind_kernels(nanobind::module_& m);
