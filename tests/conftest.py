@@ -1,0 +1,50 @@
+"""Fixtures shared by the tests."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> ModuleType:
+    """The independent writer of the golden HLQ folder: FOLDER, CONFIG, encode, decode, ..."""
+    spec = importlib.util.spec_from_file_location("make_golden", GOLDEN / "make_golden.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def make_folder(golden: ModuleType) -> Callable[..., Path]:
+    """`make_folder(path, dtype="BF16", seed=0, **config)` writes a small random model, not quantized."""
+
+    def make(path: Path, *, dtype: str = "BF16", seed: int = 0, **changes: Any) -> Path:
+        from elutq.architectures import engine_config
+        from elutq.checkpoint import model_parts
+
+        config = {**golden.CONFIG, **changes}
+        config.pop("quantization_config")
+        kind = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}[dtype]
+        rng = np.random.default_rng(seed)
+        tensors = {
+            part.source: (dtype, list(part.shape), rng.normal(0, 0.1, part.shape).astype(kind).tobytes())
+            for part in model_parts(engine_config(config), None)
+        }
+        path.mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps(config))
+        (path / "tokenizer.json").write_text("{}")
+        (path / "model.safetensors").write_bytes(golden.encode(tensors))
+        return path
+
+    return make
