@@ -182,6 +182,6 @@ class _Tally:
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Of each row; a new array [n, vocab]."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
+    shifted: NDArray[np.float32] = logits - logits.max(axis=1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return shifted

@@ -1,0 +1,82 @@
+"""Output: results go to stdout, progress to stderr, and only where a person watches."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+#: Called with units done, units in all, and what is being worked on.
+Progress = Callable[[int, int, str], None]
+
+_WIDTH_WITHOUT_TERMINAL = 120
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """One object on one line of stdout."""
+    sys.stdout.write(json.dumps(result, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def show(*items: "RenderableType") -> None:
+    """Text as it is, and tables, on stdout; plain characters when it is not a terminal."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout)
+    if not console.is_terminal:
+        console.width = _WIDTH_WITHOUT_TERMINAL
+    for item in items:
+        if isinstance(item, str):
+            sys.stdout.write(f"{item}\n")
+        else:
+            console.print(item)
+    sys.stdout.flush()
+
+
+@contextmanager
+def progress_bar(unit: str) -> Iterator[Progress]:
+    """A bar on stderr with rate and time left; silent when stderr is not a terminal.
+
+    Args:
+        unit: what is counted, for the rate, e.g. "weights".
+    """
+    if not sys.stderr.isatty():
+        yield lambda done, total, what: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    with Bar(
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        console=Console(file=sys.stderr),
+        transient=True,
+    ) as bar:
+        task = bar.add_task("", total=None, rate="")
+
+        def update(done: int, total: int, what: str) -> None:
+            speed = bar.tasks[0].speed
+            rate = "" if speed is None else f"{magnitude(speed)} {unit}/s"
+            bar.update(task, completed=done, total=total, description=what, rate=rate)
+
+        yield update
+
+
+def magnitude(value: float) -> str:
+    """A large number in a few characters: 950, 12.3k, 4.56M, 7.89G."""
+    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def megabytes(nbytes: float) -> str:
+    """Bytes for people: 0.82 MB, 14.7 MB, 2.31 GB (powers of ten)."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
