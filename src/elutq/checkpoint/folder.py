@@ -150,12 +150,13 @@ def _read_json_file(path: Path) -> bytes:
 
 
 def side_files(folder: Path) -> list[Path]:
-    """The files that go along when a model is copied: all but weights, their index, the config and code."""
+    """The files that go along when a model is copied: all but weights, index, config, code, hidden files."""
     return [
         path
         for path in sorted(folder.iterdir())
         if path.is_file()
         and any(fnmatchcase(path.name, pattern) for pattern in SIDE_FILES)
         and path.name != CONFIG_FILE
+        and not path.name.startswith(".")
         and not path.name.endswith(".index.json")
     ]
