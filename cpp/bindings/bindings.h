@@ -4,3 +4,4 @@
 
 /// One function per room that is bound; each adds its own to the module.
 void bind_kernels(nanobind::module_& m);
+void bind_solver(nanobind::module_& m);

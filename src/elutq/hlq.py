@@ -22,6 +22,7 @@ Canonical form: 0 <= s_0 <= s_1 <= ..., which loses nothing, since flipping plan
 after rounding to fp16.
 """
 
+import os
 from collections.abc import Iterable
 
 import numpy as np
@@ -61,7 +62,7 @@ def fit(
     weights: NDArray[np.float32] | None = None,
     method: str = "hlq",
     threads: int | None = None,
-    backend: str = "numpy",
+    backend: str = "core",
     name: str = "weight",
 ) -> HlqMatrix:
     """Quantize one matrix.
@@ -95,8 +96,10 @@ def fit(
         raise InvalidArgumentError(
             f"{name} is {weight.dtype}; convert it to float32, float16 or bfloat16 first"
         )
-    importance = _importance(weights, weight.shape[1], name)
-    return _fit_numpy(weight, scheme, importance, method, name)
+    importance = _importance(weights, weight.shape[1], scheme, name)
+    if backend == "numpy" or method == "adam":
+        return _fit_numpy(weight, scheme, importance, method, name)
+    return _fit_core(weight, scheme, importance, method, threads, name)
 
 
 def dequantize(matrix: HlqMatrix) -> NDArray[np.float32]:
@@ -119,18 +122,65 @@ def relative_error(weight: NDArray[np.float32], matrix: HlqMatrix) -> float:
 
 
 def _importance(
-    weights: NDArray[np.float32] | None, in_features: int, name: str
+    weights: NDArray[np.float32] | None, in_features: int, scheme: QuantScheme, name: str
 ) -> NDArray[np.float32] | None:
+    """Importances between 0 and 1, the largest of each group 1."""
     if weights is None:
         return None
-    importance = np.ascontiguousarray(weights, dtype=np.float32)
+    importance = np.array(weights, dtype=np.float32)
     if importance.shape != (in_features,):
         raise InvalidArgumentError(
             f"importances of {name} have shape {importance.shape}; one per column is needed: ({in_features},)"
         )
     if not (np.isfinite(importance).all() and (importance >= 0).all()):
         raise InvalidArgumentError(f"importances of {name} must be finite and at least 0")
+    for begin in range(0, in_features, scheme.columns_per_group(in_features)):
+        group = importance[begin : begin + scheme.columns_per_group(in_features)]
+        group[:] = group / group.max() if group.any() else 1
     return importance
+
+
+def _check_range(largest: float, name: str) -> None:
+    if not np.isfinite(largest):
+        raise TensorValueError(
+            f"{name} holds NaN or infinity and cannot be quantized; check the source model"
+        )
+    if largest > HALF_MAX:
+        raise TensorValueError(
+            f"{name} holds {largest:g}, beyond the fp16 range of +-{HALF_MAX:g} of HLQ parameters; "
+            "keep it in 16 bits"
+        )
+
+
+def _fit_core(
+    weight: NDArray[np.float32],
+    scheme: QuantScheme,
+    importance: NDArray[np.float32] | None,
+    method: str,
+    threads: int | None,
+    name: str,
+) -> HlqMatrix:
+    from elutq import _core
+
+    rows, columns = weight.shape
+    groups = scheme.groups(columns)
+    planes = np.empty((scheme.bits, rows, -(-columns // 8)), np.uint8)
+    scales = np.empty((rows, groups, scheme.bits), np.float16)
+    zeros = np.empty((rows, groups), np.float16)
+    values = np.ascontiguousarray(weight)
+    largest = _core.fit_hlq(
+        values if values.dtype == np.float32 else values.view(np.uint16),
+        values.dtype.name,
+        scheme.columns_per_group(columns),
+        method,
+        importance,
+        planes,
+        scales.view(np.uint16),
+        zeros.view(np.uint16),
+        threads or len(os.sched_getaffinity(0)),
+    )
+    _check_range(largest, name)
+    return HlqMatrix(planes, scales, zeros, columns, scheme.group_size)
 
 
 # ---- The NumPy reference ----------------------------------------------------------------------------------
@@ -147,7 +197,7 @@ def _fit_numpy(
     name: str,
 ) -> HlqMatrix:
     rows, columns = weight.shape
-    _check_values(weight, name)
+    _check_range(float(np.abs(weight.astype(np.float32)).max()), name)
     group = scheme.columns_per_group(columns)
     codes = np.empty((rows, columns), np.uint8)
     scales = np.empty((rows, scheme.groups(columns), scheme.bits), np.float16)
@@ -156,7 +206,6 @@ def _fit_numpy(
     for g in range(scheme.groups(columns)):
         begin, end = g * group, min((g + 1) * group, columns)
         a = np.ones(end - begin) if importance is None else importance[begin:end].astype(np.float64)
-        a = a / a.max() if a.any() else np.ones_like(a)
         for row in range(0, rows, at_once):
             some = slice(row, row + at_once)
             x = weight[some, begin:end].astype(np.float64)
@@ -164,19 +213,6 @@ def _fit_numpy(
             codes[some, begin:end] = _select(x, s, z)
             scales[some, g], zeros[some, g] = s, z
     return HlqMatrix(pack_codes(codes, scheme.bits), scales, zeros, columns, scheme.group_size)
-
-
-def _check_values(weight: NDArray[np.float32], name: str) -> None:
-    largest = float(np.abs(weight.astype(np.float32)).max())
-    if not np.isfinite(largest):
-        raise TensorValueError(
-            f"{name} holds NaN or infinity and cannot be quantized; check the source model"
-        )
-    if largest > HALF_MAX:
-        raise TensorValueError(
-            f"{name} holds {largest:g}, beyond the fp16 range of +-{HALF_MAX:g} of HLQ parameters; "
-            "keep it in 16 bits"
-        )
 
 
 def _solve(x: Floats, a: Floats, bits: int, method: str) -> tuple[Floats, Floats]:
