@@ -3,6 +3,7 @@
 
 NB_MODULE(_core, m) {
   m.doc() = "Compiled core of elutq. Private: import elutq.runtime or elutq.hlq instead.";
+  bind_engine(m);
   bind_kernels(m);
   bind_solver(m);
 }

@@ -1,0 +1,20 @@
+#include "engine/engine.h"
+
+#include <algorithm>
+
+namespace elutq {
+
+Engine::Engine(const ModelConfig& config, std::string_view isa, int threads, bool exact)
+    : pool_(threads), backend_{&select_kernels(isa), &pool_, exact}, weights_(config, backend_) {}
+
+std::shared_ptr<KvCache> Engine::new_sequence(int64_t max_positions) const {
+  return std::make_shared<KvCache>(config(), std::min(max_positions, config().max_position_embeddings));
+}
+
+void Engine::step(std::span<const StepItem> items, float* logits) {
+  const std::lock_guard lock(mutex_);
+  if (!decoder_) decoder_ = std::make_unique<Decoder>(weights_, backend_);
+  decoder_->step(items, logits);
+}
+
+}  // namespace elutq

@@ -1,0 +1,210 @@
+#include "model/decoder.h"
+
+#include <algorithm>
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#include "ops/rotary.h"
+
+namespace elutq {
+
+Decoder::Decoder(const Weights& weights, const Backend& backend)
+    : weights_(weights),
+      config_(weights.config()),
+      backend_(backend),
+      attention_(backend, config_.attention()),
+      hidden_(kChunkTokens * config_.hidden_size),
+      projected_(kChunkTokens * config_.hidden_size),
+      q_(kChunkTokens * config_.attention().q_size()),
+      k_(kChunkTokens * config_.attention().kv_size()),
+      v_(kChunkTokens * config_.attention().kv_size()),
+      up_(kChunkTokens * config_.intermediate_size),
+      cos_(kChunkTokens * config_.head_dim / 2),
+      sin_(kChunkTokens * config_.head_dim / 2),
+      normalized_(kChunkTokens, config_.hidden_size),
+      attended_(kChunkTokens, config_.attention().q_size()),
+      gated_(kChunkTokens, config_.intermediate_size) {
+  weights.check_complete();
+  if (backend.exact) return;
+  normalized_.reserve_tables(weights.lm_head());
+  for (int64_t i = 0; i < config_.num_hidden_layers; ++i) {
+    const LayerWeights& layer = weights.layer(i);
+    for (const Linear* linear : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.gate_proj, &layer.up_proj}) {
+      normalized_.reserve_tables(*linear);
+    }
+    attended_.reserve_tables(layer.o_proj);
+    gated_.reserve_tables(layer.down_proj);
+  }
+}
+
+void Decoder::step(std::span<const StepItem> items, float* logits) {
+  check(items);
+  for (const StepItem& item : items) {
+    item.sequence->reserve(item.sequence->length() + static_cast<int64_t>(item.tokens.size()));
+  }
+  rows_.clear();
+  for (const StepItem& item : items) {
+    for (size_t i = 0; i < item.tokens.size(); ++i) {
+      const bool wants_logits = item.all_logits || i + 1 == item.tokens.size();
+      rows_.push_back({item.sequence, item.sequence->length() + static_cast<int64_t>(i), item.tokens[i], wants_logits});
+    }
+  }
+  for (std::span<const Row> rest = rows_; !rest.empty();) {
+    const size_t count = std::min<size_t>(rest.size(), kChunkTokens);
+    logits = forward(rest.first(count), logits);
+    rest = rest.subspan(count);
+  }
+  for (const StepItem& item : items) {
+    item.sequence->set_length(item.sequence->length() + static_cast<int64_t>(item.tokens.size()));
+  }
+}
+
+void Decoder::check(std::span<const StepItem> items) const {
+  for (size_t i = 0; i < items.size(); ++i) {
+    if (items[i].tokens.empty()) throw std::invalid_argument("a step needs at least one token per sequence");
+    for (const int32_t token : items[i].tokens) {
+      if (token < 0 || token >= config_.vocab_size) {
+        throw std::invalid_argument("token " + std::to_string(token) + " is not in the vocabulary of " +
+                                    std::to_string(config_.vocab_size));
+      }
+    }
+    for (size_t j = 0; j < i; ++j) {
+      if (items[i].sequence == items[j].sequence) throw std::invalid_argument("a step names a sequence twice");
+    }
+  }
+}
+
+float* Decoder::forward(std::span<const Row> rows, float* logits) {
+  const auto tokens = static_cast<int64_t>(rows.size());
+  for_each_token(tokens, [&](int64_t t) {
+    weights_.embed_tokens().read_row(*backend_.kernels, rows[t].token, hidden_.data() + t * config_.hidden_size);
+    const int64_t half = config_.head_dim / 2;
+    rotary_angles(config_.rope_inv_freq, config_.rope_attention_factor, rows[t].position, cos_.data() + t * half,
+                  sin_.data() + t * half);
+  });
+  for (int64_t i = 0; i < config_.num_hidden_layers; ++i) {
+    attend(rows, i);
+    feed_forward(tokens, weights_.layer(i));
+  }
+  return head(rows, logits);
+}
+
+void Decoder::attend(std::span<const Row> rows, int64_t layer_index) {
+  const KernelTable& kernels = *backend_.kernels;
+  const LayerWeights& layer = weights_.layer(layer_index);
+  const auto tokens = static_cast<int64_t>(rows.size());
+  const int64_t hidden = config_.hidden_size;
+  const int64_t head_dim = config_.head_dim;
+  const int64_t q_size = config_.attention().q_size();
+  const int64_t kv_size = config_.attention().kv_size();
+
+  const std::array<const Linear*, 3> readers = {&layer.q_proj, &layer.k_proj, &layer.v_proj};
+  for_each_token(tokens, [&](int64_t t) {
+    normalize(hidden_.data() + t * hidden, layer.input_layernorm, normalized_, t, readers);
+  });
+  run_linears(backend_, normalized_, tokens,
+              std::array<LinearCall, 3>{{{&layer.q_proj, q_.data(), q_size},
+                                         {&layer.k_proj, k_.data(), kv_size},
+                                         {&layer.v_proj, v_.data(), kv_size}}});
+
+  // Every key and value of the chunk is in its cache before any token looks.
+  for_each_token(tokens, [&](int64_t t) {
+    float* q = q_.data() + t * q_size;
+    float* k = k_.data() + t * kv_size;
+    const float* v = v_.data() + t * kv_size;
+    if (config_.qk_norm) {
+      for (int64_t h = 0; h < config_.num_attention_heads; ++h) {
+        float* head = q + h * head_dim;
+        kernels.rms_norm(head, layer.q_norm.data(), head_dim, config_.rms_norm_eps, head);
+      }
+      for (int64_t h = 0; h < config_.num_key_value_heads; ++h) {
+        float* head = k + h * head_dim;
+        kernels.rms_norm(head, layer.k_norm.data(), head_dim, config_.rms_norm_eps, head);
+      }
+    }
+    const float* cos = cos_.data() + t * head_dim / 2;
+    const float* sin = sin_.data() + t * head_dim / 2;
+    kernels.rope(q, config_.num_attention_heads, head_dim, cos, sin);
+    kernels.rope(k, config_.num_key_value_heads, head_dim, cos, sin);
+    const Row& row = rows[t];
+    for (int64_t h = 0; h < config_.num_key_value_heads; ++h) {
+      kernels.to_half(k + h * head_dim, head_dim, row.sequence->key(layer_index, h, row.position));
+      kernels.to_half(v + h * head_dim, head_dim, row.sequence->value(layer_index, h, row.position));
+    }
+  });
+
+  const int64_t window = config_.sliding_windows[layer_index];
+  int64_t max_visible = 0;
+  for (const Row& row : rows) max_visible = std::max(max_visible, row.position + 1);
+  if (window != 0) max_visible = std::min(max_visible, window);
+  const auto visible = [&](int64_t t, int64_t kv_head, std::vector<KvSpan>& spans) {
+    const int64_t end = rows[t].position + 1;
+    const int64_t begin = window == 0 ? 0 : std::max<int64_t>(0, end - window);
+    rows[t].sequence->spans(layer_index, kv_head, begin, end, spans);
+  };
+  attention_.run(q_.data(), tokens, max_visible, std::cref(visible), attended_.row(0));
+
+  const std::array<const Linear*, 1> output = {&layer.o_proj};
+  for_each_token(tokens, [&](int64_t t) {
+    if (!backend_.exact) attended_.build(kernels, t, output);
+  });
+  run_linears(backend_, attended_, tokens,
+              std::array<LinearCall, 1>{{{&layer.o_proj, projected_.data(), hidden, hidden_.data()}}});
+}
+
+void Decoder::feed_forward(int64_t tokens, const LayerWeights& layer) {
+  const KernelTable& kernels = *backend_.kernels;
+  const int64_t hidden = config_.hidden_size;
+  const int64_t intermediate = config_.intermediate_size;
+
+  const std::array<const Linear*, 2> readers = {&layer.gate_proj, &layer.up_proj};
+  for_each_token(tokens, [&](int64_t t) {
+    normalize(hidden_.data() + t * hidden, layer.post_attention_layernorm, normalized_, t, readers);
+  });
+  run_linears(backend_, normalized_, tokens,
+              std::array<LinearCall, 2>{
+                  {{&layer.gate_proj, gated_.row(0), intermediate}, {&layer.up_proj, up_.data(), intermediate}}});
+  const std::array<const Linear*, 1> output = {&layer.down_proj};
+  for_each_token(tokens, [&](int64_t t) {
+    kernels.silu_mul(gated_.row(t), up_.data() + t * intermediate, intermediate, gated_.row(t));
+    if (!backend_.exact) gated_.build(kernels, t, output);
+  });
+  run_linears(backend_, gated_, tokens,
+              std::array<LinearCall, 1>{{{&layer.down_proj, projected_.data(), hidden, hidden_.data()}}});
+}
+
+float* Decoder::head(std::span<const Row> rows, float* logits) {
+  // Compact the wanted rows to the front of the residual stream, which is not needed any more.
+  int64_t wanted = 0;
+  for (size_t t = 0; t < rows.size(); ++t) {
+    if (!rows[t].wants_logits) continue;
+    const float* from = hidden_.data() + static_cast<int64_t>(t) * config_.hidden_size;
+    std::copy_n(from, config_.hidden_size, hidden_.data() + wanted * config_.hidden_size);
+    ++wanted;
+  }
+  const std::array<const Linear*, 1> reader = {&weights_.lm_head()};
+  for_each_token(wanted, [&](int64_t t) {
+    normalize(hidden_.data() + t * config_.hidden_size, weights_.norm(), normalized_, t, reader);
+  });
+  if (wanted > 0) {
+    run_linears(backend_, normalized_, wanted,
+                std::array<LinearCall, 1>{{{&weights_.lm_head(), logits, config_.vocab_size}}});
+  }
+  return logits + wanted * config_.vocab_size;
+}
+
+template <typename Function>
+void Decoder::for_each_token(int64_t tokens, const Function& function) {
+  backend_.pool->run_ranges(tokens, 1, [&function](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) function(t);
+  });
+}
+
+void Decoder::normalize(const float* x, const std::vector<float>& weight, Activations& out, int64_t token,
+                        std::span<const Linear* const> consumers) const {
+  backend_.kernels->rms_norm(x, weight.data(), config_.hidden_size, config_.rms_norm_eps, out.row(token));
+  if (!backend_.exact) out.build(*backend_.kernels, token, consumers);
+}
+
+}  // namespace elutq

@@ -1,0 +1,67 @@
+"""Types of the compiled core."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elutq.architectures import EngineConfig
+
+class Sequence:
+    """Keys and values of one sequence."""
+
+    @property
+    def max_positions(self) -> int: ...
+    @property
+    def memory_bytes(self) -> int: ...
+    def __len__(self) -> int: ...
+    def truncate(self, length: int) -> None: ...
+
+class Engine:
+    """A model on this machine."""
+
+    def __init__(self, config: EngineConfig, isa: str, threads: int, exact: bool) -> None: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def weight_memory_bytes(self) -> int: ...
+    @property
+    def weight_bytes_per_token(self) -> int: ...
+    def set_hlq(
+        self,
+        name: str,
+        planes: NDArray[np.uint8],
+        scales: NDArray[np.uint16],
+        zeros: NDArray[np.uint16],
+        in_features: int,
+        group_size: int,
+    ) -> None: ...
+    def set_float32(self, name: str, values: NDArray[np.float32]) -> None: ...
+    def set_float16(self, name: str, values: NDArray[np.uint16]) -> None: ...
+    def set_bfloat16(self, name: str, values: NDArray[np.uint16]) -> None: ...
+    def set_vector(self, name: str, values: NDArray[np.float32]) -> None: ...
+    def check_complete(self) -> None: ...
+    def new_sequence(self, max_positions: int) -> Sequence: ...
+    def step(
+        self, batch: list[tuple[Sequence, NDArray[np.int32]]], all_logits: bool
+    ) -> NDArray[np.float32]: ...
+
+class Sampler:
+    """Chooses tokens from logits."""
+
+    def __init__(
+        self,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        repetition_penalty: float,
+        seed: int,
+    ) -> None: ...
+    def sample(self, logits: NDArray[np.float32], context: NDArray[np.int32]) -> int: ...
+
+def available_isas() -> list[str]:
+    """Instruction sets this machine can run, slowest first."""
+
+def read_bandwidth(threads: int, bytes: int = ..., passes: int = ...) -> float:  # noqa: A002
+    """GB/s at which `threads` threads read `bytes` bytes of memory, best of `passes`."""

@@ -1,0 +1,458 @@
+"""Running models: the only importer of the compiled engine."""
+
+import contextlib
+import itertools
+import os
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elutq import _core
+from elutq.architectures import EngineConfig, block_linears, outer_linears, vectors
+from elutq.checkpoint import Checkpoint
+from elutq.errors import InvalidArgumentError, TensorValueError, TokenizerError
+from elutq.packing import HlqMatrix
+from elutq.scheme import QuantScheme
+from elutq.shapes import shape_config
+from elutq.stopping import stop_before
+from elutq.tokenizer import StreamDecoder, Tokenizer
+
+#: Prompt tokens that go through the model between two looks at Ctrl-C.
+_PREFILL_TOKENS = 512
+#: How the quantizer stores large embeddings and heads by default.
+_OUTER_SCHEME = QuantScheme(bits=4, group_size=128)
+
+SequenceState = _core.Sequence
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How tokens are chosen; the filters are those of transformers' `generate`, in its order.
+
+    Attributes:
+        temperature: 0, the default, always takes the most likely token.
+        top_k: keep so many most likely tokens; 0 keeps all.
+        top_p: keep the fewest most likely tokens whose probabilities reach this; 1 keeps all.
+        min_p: drop tokens less likely than this share of the most likely one.
+        repetition_penalty: above 1 makes tokens that are in the text already less likely.
+        seed: makes sampling repeatable; None takes a fresh one.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+
+
+class LanguageModel:
+    """A model ready to run. Made by :func:`load` or :func:`random_model`.
+
+    Several threads may use one model: its steps run one after the other.
+
+    Attributes:
+        config: the numbers of the architecture.
+        load_seconds: how long loading took.
+    """
+
+    config: EngineConfig
+    load_seconds: float
+
+    def __init__(
+        self, engine: _core.Engine, config: EngineConfig, folder: Path | None, context: int | None
+    ) -> None:
+        limit = config.max_position_embeddings
+        if context is not None and not 1 <= context <= limit:
+            raise InvalidArgumentError(f"context must be from 1 to the model's limit {limit}, not {context}")
+        self._engine: _core.Engine | None = engine
+        self._folder = folder
+        self.config = config
+        self.context = limit if context is None else context
+        self.load_seconds = 0.0
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the model's folder.
+
+        Raises:
+            TokenizerError: the folder has none, or the model came without a folder.
+        """
+        if self._folder is None:
+            raise TokenizerError("a model with random weights has no tokenizer; use token ids")
+        return Tokenizer.from_folder(self._folder)
+
+    @property
+    def isa(self) -> str:
+        """Instruction set of the kernels that run."""
+        return self._live.isa
+
+    @property
+    def threads(self) -> int:
+        """Threads that run."""
+        return self._live.threads
+
+    @property
+    def weight_memory_bytes(self) -> int:
+        """Memory of the packed weights. Unquantized matrices stay in the page cache and do not count."""
+        return self._live.weight_memory_bytes
+
+    def bytes_per_token(self, context: int) -> int:
+        """Bytes that decoding one token must read when `context` positions are cached.
+
+        Planes, scales and zeros of every linear, the head, norms, biases, one row of the embedding, and the
+        visible keys and values.
+        """
+        c = self.config
+        visible = sum(min(context, window) if window else context for window in c.sliding_windows)
+        return self._live.weight_bytes_per_token + visible * c.num_key_value_heads * c.head_dim * 2 * 2
+
+    def new_sequence(self) -> SequenceState:
+        """An empty sequence: `len()` is its tokens, `truncate(n)` forgets all but the first n."""
+        return self._live.new_sequence(self.context)
+
+    def step(
+        self, batch: Sequence[tuple[SequenceState, Sequence[int]]], all_logits: bool = False
+    ) -> list[NDArray[np.float32]]:
+        """Append tokens to sequences and return logits.
+
+        Prompts, pieces of prompts and single decoded tokens may be mixed freely. A sequence's logits do not
+        depend, bit for bit, on what else is in the batch, on how its tokens were cut into steps, or on the
+        number of threads.
+
+        Args:
+            batch: sequences of this model, each once, and the tokens to append, at least one.
+            all_logits: logits after every token, not only after the last.
+
+        Returns:
+            Per sequence float32 [vocab_size], or [tokens, vocab_size] with `all_logits`.
+
+        Raises:
+            InvalidArgumentError: a token is outside the vocabulary, a sequence would outgrow the context, is
+                named twice, or gets no token. No sequence has changed then.
+        """
+        items = [(sequence, _token_array(ids)) for sequence, ids in batch]
+        with _engine_errors():
+            logits = self._live.step(items, all_logits)
+        if not all_logits:
+            return list(logits)
+        return np.split(logits, np.cumsum([len(ids) for _, ids in items])[:-1])
+
+    def logits(self, token_ids: Sequence[int], chunk: int | None = None) -> NDArray[np.float32]:
+        """Logits after each token of a text of its own, float32 [tokens, vocab_size].
+
+        Args:
+            token_ids: the text, at least one token.
+            chunk: tokens per step; None puts them all in one.
+        """
+        sequence = self.new_sequence()
+        size = chunk or max(len(token_ids), 1)
+        parts = [
+            self.step([(sequence, token_ids[i : i + size])], all_logits=True)[0]
+            for i in range(0, len(token_ids), size)
+        ]
+        return np.concatenate(parts) if parts else np.zeros((0, self.config.vocab_size), np.float32)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        **sampling: Unpack[SamplingOptions],
+    ) -> str:
+        """The text that follows `prompt`; see :meth:`stream`."""
+        return "".join(self.stream(prompt, max_new_tokens=max_new_tokens, stop=stop, **sampling))
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[str]:
+        """The text that follows `prompt`, in pieces as it comes.
+
+        Pieces are whole characters. Generation ends at an end-of-sequence token, before a stop string, after
+        `max_new_tokens`, or when the context is full.
+
+        Args:
+            prompt: a text, or token ids (of a rendered chat template, say).
+            max_new_tokens: most tokens to generate.
+            stop: strings to stop at; they are not part of the text.
+            sampling: see :class:`SamplingOptions`; greedy by default.
+
+        Raises:
+            InvalidArgumentError: an option is out of range, or the prompt is empty or exceeds the context.
+        """
+        if isinstance(stop, str) or "" in stop:
+            raise InvalidArgumentError("stop must be a list of strings, none of them empty")
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        tokens = self.generate_ids(
+            ids, max_new_tokens=max_new_tokens, eos_token_ids=self.tokenizer.eos_token_ids, **sampling
+        )
+        return stop_before(stop, _decode(tokens, self.tokenizer.stream()))
+
+    def generate_ids(
+        self,
+        token_ids: Sequence[int],
+        *,
+        max_new_tokens: int = 128,
+        eos_token_ids: frozenset[int] = frozenset(),
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[int]:
+        """The tokens that follow `token_ids`, one by one; see :meth:`stream`.
+
+        An end-of-sequence token ends them and is not among them.
+        """
+        if max_new_tokens < 1:
+            raise InvalidArgumentError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        if not 1 <= len(token_ids) <= self.context:
+            raise InvalidArgumentError(
+                f"the prompt has {len(token_ids)} tokens; it must have from 1 to the context's {self.context}"
+            )
+        sampler = _sampler(**sampling)
+        new_tokens = min(max_new_tokens, self.context - len(token_ids) + 1)
+        return self._generate(_token_array(token_ids), new_tokens, eos_token_ids, sampler)
+
+    def _generate(
+        self, prompt: NDArray[np.int32], new_tokens: int, eos: frozenset[int], sampler: _core.Sampler
+    ) -> Iterator[int]:
+        text = np.concatenate([prompt, np.zeros(new_tokens, np.int32)])
+        sequence = self.new_sequence()
+        done = 0
+        for length in range(len(prompt), len(text)):
+            while done < length:
+                piece = text[done : min(done + _PREFILL_TOKENS, length)]
+                with _engine_errors():
+                    logits = self._live.step([(sequence, piece)], False)[0]
+                done += len(piece)
+            with _engine_errors():
+                token = sampler.sample(logits, text[:length])
+            if token in eos:
+                return
+            yield token
+            text[length] = token
+
+    def close(self) -> None:
+        """Free the weights. The model cannot be used afterwards."""
+        self._engine = None
+
+    @property
+    def _live(self) -> _core.Engine:
+        if self._engine is None:
+            raise InvalidArgumentError("the model is closed; load it again")
+        return self._engine
+
+    def __enter__(self) -> "LanguageModel":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+    exact: bool = False,
+    context: int | None = None,
+) -> LanguageModel:
+    """Load a model folder, quantized or not.
+
+    Quantized matrices are repacked for this CPU one by one and their file pages given back, so that resident
+    memory stays near the packed size. Unquantized ones are used where they lie in the mapped files.
+
+    Args:
+        path: an HLQ or Hugging Face folder, or a hub id.
+        threads: threads to run on; by default `ELUTQ_THREADS`, else the physical cores this process may use.
+        isa: instruction set to run; by default `ELUTQ_ISA`, else the best one.
+        exact: multiply from fp32 activations, without int8 tables: slower, for checking.
+        context: most tokens of a sequence; by default the model's limit.
+
+    Raises:
+        ElutqError: one subclass per fault; see `elutq.errors`.
+    """
+    started = time.perf_counter()
+    with Checkpoint.open(path) as checkpoint:
+        engine = _new_engine(checkpoint.engine, isa, threads, exact)
+        modules = list(checkpoint.linears)
+        for module, following in itertools.zip_longest(modules, modules[1:]):
+            for name in _hlq_tensors(checkpoint, following):
+                checkpoint.prefetch(name)
+            if module in checkpoint.schemes:
+                _set_hlq(engine, module, checkpoint.read_hlq(module))
+            else:
+                _set_dense(engine, module, checkpoint.read(f"{module}.weight"))
+            for name in _hlq_tensors(checkpoint, module):
+                checkpoint.release(name)
+        for name, _ in vectors(checkpoint.engine):
+            engine.set_vector(name, np.ascontiguousarray(checkpoint.read_float32(name)))
+        model = LanguageModel(engine, checkpoint.engine, checkpoint.path, context)
+    model.load_seconds = time.perf_counter() - started
+    return model
+
+
+def random_model(
+    shape: str | EngineConfig,
+    bits: int = 2,
+    group_size: int = 128,
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+    exact: bool = False,
+    seed: int = 0,
+) -> LanguageModel:
+    """A model of a known shape with random HLQ weights, for measuring speed. Embedding and head have 4 bits.
+
+    Args:
+        shape: a name in `elutq.shapes.SHAPES`, or a config.
+        bits: bits per weight of the decoder blocks.
+        group_size: columns that share scales, -1 for a whole row.
+        threads: as in :func:`load`.
+        isa: as in :func:`load`.
+        exact: as in :func:`load`.
+        seed: of the random bits.
+
+    Raises:
+        InvalidArgumentError: an argument is out of range.
+    """
+    started = time.perf_counter()
+    scheme = QuantScheme(bits, group_size)
+    config = shape_config(shape) if isinstance(shape, str) else shape
+    engine = _new_engine(config, isa, threads, exact)
+    random = np.random.Generator(np.random.SFC64(seed))
+    for linears, linear_scheme in ((outer_linears(config), _OUTER_SCHEME), (block_linears(config), scheme)):
+        for name, out_features, in_features in linears:
+            _set_hlq(engine, name, _random_matrix(random, out_features, in_features, linear_scheme))
+    for name, size in vectors(config):
+        fill = 0.0 if name.endswith(".bias") else 1.0
+        engine.set_vector(name, np.full(size, fill, np.float32))
+    model = LanguageModel(engine, config, None, None)
+    model.load_seconds = time.perf_counter() - started
+    return model
+
+
+def read_bandwidth(threads: int) -> float:
+    """GB/s at which this many threads read memory: what bounds decoding."""
+    return _core.read_bandwidth(threads, bytes=1 << 28)
+
+
+def default_threads() -> int:
+    """Physical cores that this process may run on: a second thread of one core gains nothing here."""
+    cpus = os.sched_getaffinity(0)
+    cores = set()
+    for cpu in cpus:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            package = (topology / "physical_package_id").read_text()
+            cores.add((package, (topology / "core_id").read_text()))
+        except OSError:
+            return len(cpus)
+    return len(cores)
+
+
+def _new_engine(config: EngineConfig, isa: str | None, threads: int | None, exact: bool) -> _core.Engine:
+    if isa is None:
+        isa = os.environ.get("ELUTQ_ISA", "")
+    if threads is None:
+        variable = os.environ.get("ELUTQ_THREADS", "")
+        if variable and not variable.isdecimal():
+            raise InvalidArgumentError(f"ELUTQ_THREADS must be a positive integer, not {variable!r:.80}")
+        threads = int(variable) if variable else default_threads()
+    if not 1 <= threads <= 1024:
+        raise InvalidArgumentError(f"threads must be from 1 to 1024, not {threads}")
+    with _engine_errors():
+        return _core.Engine(config, isa, threads, exact)
+
+
+def _set_hlq(engine: _core.Engine, module: str, matrix: HlqMatrix) -> None:
+    scales, zeros = matrix.scales.view(np.uint16), matrix.zeros.view(np.uint16)
+    with _engine_errors():
+        engine.set_hlq(module, matrix.planes, scales, zeros, matrix.in_features, matrix.group_size)
+
+
+def _set_dense(engine: _core.Engine, module: str, weight: NDArray[Any]) -> None:
+    with _engine_errors():
+        if weight.dtype == np.float32:
+            engine.set_float32(module, weight)
+        elif weight.dtype == np.float16:
+            engine.set_float16(module, weight.view(np.uint16))
+        else:
+            engine.set_bfloat16(module, weight.view(np.uint16))
+
+
+def _hlq_tensors(checkpoint: Checkpoint, module: str | None) -> list[str]:
+    if module not in checkpoint.schemes:
+        return []
+    return [f"{module}.{part}" for part in ("planes", "scales", "zeros")]
+
+
+def _random_matrix(
+    random: np.random.Generator, out_features: int, in_features: int, scheme: QuantScheme
+) -> HlqMatrix:
+    """Evenly spaced levels of mean 0 and variance 1 / in_features, so that outputs are as large as inputs."""
+    shape = (scheme.bits, out_features, -(-in_features // 8))
+    words = random.integers(0, 1 << 64, -(-np.prod(shape) // 8), np.uint64)
+    planes = words.view(np.uint8)[: np.prod(shape)].reshape(shape)
+    if in_features % 8:
+        planes[..., -1] &= (1 << in_features % 8) - 1
+    step = (12 / (in_features * (4**scheme.bits - 1))) ** 0.5
+    scales = step * 2.0 ** np.arange(scheme.bits)
+    groups = scheme.groups(in_features)
+    return HlqMatrix(
+        planes=planes,
+        scales=np.tile(scales.astype(np.float16), (out_features, groups, 1)),
+        zeros=np.full((out_features, groups), -scales.sum() / 2, np.float16),
+        in_features=in_features,
+        group_size=scheme.group_size,
+    )
+
+
+def _token_array(ids: Sequence[int]) -> NDArray[np.int32]:
+    try:
+        return np.ascontiguousarray(ids, dtype=np.int32)
+    except (OverflowError, TypeError, ValueError):
+        raise InvalidArgumentError("token ids must be integers within the vocabulary") from None
+
+
+def _sampler(
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+) -> _core.Sampler:
+    seed = secrets.randbits(64) if seed is None else seed % (1 << 64)
+    with _engine_errors():
+        return _core.Sampler(temperature, min(top_k, 1 << 31), top_p, min_p, repetition_penalty, seed)
+
+
+@contextlib.contextmanager
+def _engine_errors() -> Iterator[None]:
+    """Turn the core's exceptions into ours."""
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidArgumentError(str(error)) from None
+    except RuntimeError as error:
+        raise TensorValueError(
+            f"{error}; the weights are damaged: fetch or quantize the model again"
+        ) from None
+
+
+def _decode(tokens: Iterator[int], decoder: StreamDecoder) -> Iterator[str]:
+    for token in tokens:
+        yield decoder.push(token)
+    yield decoder.flush()
