@@ -1,6 +1,8 @@
 """The command line: options in, text or JSON out, one line per error. The work itself is tested elsewhere."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -126,3 +128,129 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("elutq.report.describe", interrupted)
     assert run("inspect", MODEL).exit_code == 130
+
+
+# ---- commands that run models ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("Once upon a time there was a little fox who liked to sing.\n" * 40)
+    return file
+
+
+@pytest.fixture(scope="module")
+def without_tokenizer(quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "no-tokenizer"
+    shutil.copytree(quantized, folder)
+    (folder / "tokenizer.json").unlink()
+    return folder
+
+
+def test_eval(quantized: Path, text: Path) -> None:
+    command = ("eval", quantized, "--text", text, "--ctx", 64, "--max-tokens", 256, "--threads", 1)
+    found = last_json(run(*command, "--reference", MODEL, "--json"))
+    assert found["tokens"] == 4 * 63
+    assert found["perplexity"] == pytest.approx(math.exp(found["nll"]))
+    assert found["bits_per_weight"] == pytest.approx(2.375)
+    assert found["kl"] > 0
+    assert 0 < found["top1_agreement"] < 1
+    exact = last_json(run(*command, "--exact", "--json"))
+    assert exact["nll"] == pytest.approx(found["nll"], rel=0.02)
+    assert exact["nll"] != found["nll"]
+    assert exact["kl"] is None
+    sentence = run(*command, "--reference", MODEL).stdout
+    assert f"perplexity  {found['perplexity']:.4f}" in sentence
+    assert f"KL          {found['kl']:.5f}" in sentence
+
+
+def test_eval_takes_the_models_limit_where_it_is_short(text: Path) -> None:
+    assert last_json(run("eval", MODEL, "--text", text, "--json"))["context"] == 512
+
+
+def test_generate(quantized: Path) -> None:
+    command = ("generate", quantized, "-p", "Once upon a time", "-n", 12, "--threads", 1)
+    sampled = (*command, "--temperature", 1, "--top-k", 50, "--top-p", 0.9, "--min-p", 0.01, "--seed", 3)
+    sampled = (*sampled, "--repetition-penalty", 1.1, "--isa", "scalar")
+    result = last_json(run(*sampled, "--json"))
+    assert (result["prompt"], result["seed"], result["isa"]) == ("Once upon a time", 3, "scalar")
+    assert run(*sampled).stdout == result["text"] + "\n"
+    greedy = run(*command).stdout
+    assert greedy != result["text"] + "\n"
+    word = greedy.split()[2]
+    assert word not in run(*command, "--stop", "nowhere", "--stop", word).stdout
+    assert run("generate", quantized, "-n", 12, stdin="Once upon a time").stdout == greedy
+
+
+def test_bench(quantized: Path) -> None:
+    sizes = ("--prompt", 4, "--gen", 2, "--repeat", 1, "--threads", 1)
+    found = last_json(run("bench", quantized, *sizes, "--json"))
+    assert (found["bits"], found["group_size"], found["threads"]) == (2, 128, 1)
+    assert found["decode_tok_s"] > 0
+    assert found["decode_roofline_fraction"] == pytest.approx(
+        found["decode_bytes_per_token"] * found["decode_tok_s"] / found["read_bandwidth_gb_s"] / 1e9
+    )
+    assert last_json(run("bench", MODEL, *sizes, "--json"))["bits"] == 16
+    assert "tok/s" in run("bench", quantized, *sizes).stdout
+
+
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"BITS": (2,), "METHODS": ("rtn", "hlq"), "_SEQUENCES": 2, "_CONTEXT": 16, "_SPEED_TOKENS": 2}
+    for name, value in small.items():
+        monkeypatch.setattr(f"elutq.demo.{name}", value)
+    found = last_json(run("demo", "--json"))
+    assert [row["method"] for row in found["rows"]] == ["full", "rtn", "hlq"]
+    shown = run("demo", "--out", tmp_path / "models").stdout
+    for words in ("full model", "round to nearest", "HLQ", "KL from full", "Once upon a time"):
+        assert words in shown
+    assert last_json(run("inspect", tmp_path / "models" / "hlq-2bit", "--json"))["format"] == "hlq"
+    assert_one_line_error(run("demo", "--out", tmp_path / "models"), "exists; give another folder with --out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("eval", "{quantized}", "--text", "/no/such/file"), "/no/such/file cannot be read: No such file"),
+        (("eval", "{quantized}", "--text", "{latin}"), "latin.txt is not UTF-8 text"),
+        (("eval", "{quantized}", "--text", "{empty}"), "the text has 0 token(s)"),
+        (("eval", "{quantized}", "--text", "{text}", "--ctx", 1), "context must be at least 2 tokens, not 1"),
+        (("eval", "{quantized}", "--text", "{text}", "--ctx", 513), "the model's limit is 512"),
+        (
+            ("eval", "{quantized}", "--text", "{text}", "--reference", "/no/model"),
+            "there is no folder /no/model",
+        ),
+        (("eval", "{without_tokenizer}", "--text", "{text}"), "has no tokenizer.json"),
+        (("generate", "{without_tokenizer}", "-p", "hi"), "has no tokenizer.json"),
+        (("generate", "/no/such/folder", "-p", "hi"), "there is no folder /no/such/folder"),
+        (("generate", "{quantized}", "-p", ""), "the prompt has 0 tokens"),
+        (("generate", "{quantized}", "-p", "hi", "-n", 0), "max_new_tokens must be at least 1, not 0"),
+        (("generate", "{quantized}", "-p", "hi", "--temperature", -1), "temperature"),
+        (("generate", "{quantized}", "-p", "hi", "--stop", ""), "stop must be"),
+        (("generate", "{quantized}", "-p", "hi", "--isa", "mmx"), "mmx"),
+        (("generate", "{quantized}", "-p", "hi", "--threads", 0), "threads must be from 1"),
+        (("bench",), "give either a model folder or --shape"),
+        (("bench", "{quantized}", "--shape", "llama-2-7b"), "give either a model folder or --shape"),
+        (("bench", "--shape", "gpt-5"), "gpt-5"),
+        (("bench", "--shape", "qwen3-0.6b", "--bits", 7), "bits must be 1 to 4, not 7"),
+        (("bench", "{quantized}", "--prompt", 500, "--gen", 100), "the model's limit is 512"),
+    ],
+)
+def test_errors_of_commands_that_run_models(
+    arguments: tuple[object, ...],
+    message: str,
+    quantized: Path,
+    without_tokenizer: Path,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "empty.txt").touch()
+    places = {
+        "quantized": quantized,
+        "without_tokenizer": without_tokenizer,
+        "text": text,
+        "latin": tmp_path / "latin.txt",
+        "empty": tmp_path / "empty.txt",
+    }
+    assert_one_line_error(run(*(str(a).format(**places) for a in arguments)), message)

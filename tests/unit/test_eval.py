@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from elutq.runtime import load
 from numpy.typing import NDArray
 
 from elutq.errors import InvalidArgumentError
 from elutq.eval import evaluate, evaluate_all
 from elutq.eval import perplexity as module
+from elutq.models import bundled_model
 
 VOCAB = 50
 
@@ -126,3 +128,21 @@ def test_errors(ids: list[int]) -> None:
         evaluate(FakeModel(1), ids, 65)
     with pytest.raises(InvalidArgumentError, match="vocabularies differ: 50 and 60"):
         evaluate(FakeModel(1), ids, 16, reference=FakeModel(1, vocab=60))
+
+
+@pytest.mark.parametrize("context", [48, 512])
+def test_agrees_with_transformers_on_the_bundled_model(context: int) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(bundled_model(), dtype=torch.float32)
+    ours = load(bundled_model())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bundled_model())
+    text = "Once upon a time there was a little fox. He liked to run, and one day he met a bear.\n" * 30
+    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    windows = ids[: len(ids) // context * context].view(-1, context)
+    with torch.no_grad():
+        logits = theirs(windows).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+    found = evaluate(ours, ids.tolist(), context)
+    assert found.tokens == windows[:, 1:].numel()
+    assert found.nll == pytest.approx(expected, rel=1e-3)
