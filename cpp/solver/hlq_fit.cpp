@@ -129,7 +129,7 @@ class Fitter {
 
 }  // namespace
 
-float fit_hlq(const FitProblem& problem, const FitOutput& output, ThreadPool& pool) {
+void check_dimensions(const FitProblem& problem) {
   if (problem.bits < 1 || problem.bits > kSearchMaxBits) throw std::invalid_argument("bits must be 1 to 4");
   if (problem.out_features < 1 || problem.in_features < 1) {
     throw std::invalid_argument("a matrix to quantize needs at least one row and one column");
@@ -137,6 +137,10 @@ float fit_hlq(const FitProblem& problem, const FitOutput& output, ThreadPool& po
   if (problem.group_size != problem.in_features && (problem.group_size < 8 || problem.group_size % 8 != 0)) {
     throw std::invalid_argument("group_size must be a multiple of 8 or the whole row");
   }
+}
+
+float fit_hlq(const FitProblem& problem, const FitOutput& output, ThreadPool& pool) {
+  check_dimensions(problem);
   const Fitter fitter(problem, output);
   // Parts are small enough to balance the threads and large enough to make their buffers' cost vanish.
   constexpr int64_t kBatchesPerPart = 64;

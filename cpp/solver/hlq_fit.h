@@ -37,9 +37,12 @@ struct FitOutput {
   uint16_t* zeros = nullptr;   ///< fp16 [out_features][groups]
 };
 
+/// Throws std::invalid_argument when a dimension is outside what is stated above.
+void check_dimensions(const FitProblem& problem);
+
 /// Quantizes a matrix. Returns the largest magnitude among the weights, or NaN when any is NaN; unless that is at most
 /// 65504, the output is incomplete and must not be used. The result does not depend on the number of threads or on the
-/// instruction set. Throws std::invalid_argument when a dimension is outside what is stated above.
+/// instruction set. Throws as check_dimensions does.
 float fit_hlq(const FitProblem& problem, const FitOutput& output, ThreadPool& pool);
 
 }  // namespace elutq

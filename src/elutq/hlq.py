@@ -121,6 +121,38 @@ def relative_error(weight: NDArray[np.float32], matrix: HlqMatrix) -> float:
     return error / norm if norm > 0 else (0.0 if error == 0 else float("inf"))
 
 
+def squared_error(
+    weight: NDArray[np.float32], matrix: HlqMatrix, *, threads: int | None = None
+) -> tuple[float, float]:
+    """||W - W~||^2 and ||W||^2, summed in float64 by the core: `relative_error` at the solver's speed.
+
+    Args:
+        weight: float32, float16 or bfloat16 (out_features, in_features), finite.
+        matrix: its quantized form.
+        threads: all CPUs by default. The result does not depend on it.
+
+    Raises:
+        TensorShapeError: the shapes differ.
+    """
+    from elutq import _core
+
+    if weight.shape != (matrix.out_features, matrix.in_features):
+        raise TensorShapeError(
+            f"weight has shape {weight.shape}, its quantized form {(matrix.out_features, matrix.in_features)}"
+        )
+    values = np.ascontiguousarray(weight)
+    error, norm = _core.squared_error(
+        values if values.dtype == np.float32 else values.view(np.uint16),
+        values.dtype.name,
+        matrix.in_features if matrix.group_size == -1 else matrix.group_size,
+        matrix.planes,
+        matrix.scales.view(np.uint16),
+        matrix.zeros.view(np.uint16),
+        threads or len(os.sched_getaffinity(0)),
+    )
+    return error, norm
+
+
 def _importance(
     weights: NDArray[np.float32] | None, in_features: int, scheme: QuantScheme, name: str
 ) -> NDArray[np.float32] | None:

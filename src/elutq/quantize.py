@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from elutq import __version__, hlq
 from elutq.architectures import EMBEDDING, HEAD, EngineConfig
@@ -29,7 +28,6 @@ from elutq.checkpoint import (
     side_files,
 )
 from elutq.errors import InvalidArgumentError, TensorValueError
-from elutq.packing import HlqMatrix
 from elutq.report import ModelSummary, SquaredError, summarize
 from elutq.scheme import FORMAT_VERSION, MAX_BITS, ModelScheme, QuantScheme
 
@@ -42,8 +40,7 @@ KEEP_BITS = 16
 LARGE_MATRIX = 1 << 24
 OUTER_SCHEME = QuantScheme(bits=4, group_size=128)
 
-_PIECE = 1 << 24  # weights in memory at once, 64 MB in float32
-_ERROR_PIECE = 1 << 18  # weights dequantized at once to measure the error: they stay in the cache
+_PIECE = 1 << 24  # weights in work at once
 
 Progress = Callable[[int, int, str], None]
 
@@ -184,7 +181,7 @@ def plan(
         chosen[EMBEDDING] = lm_head_bits
     elif lm_head_bits not in (None, embedding_bits):
         raise InvalidArgumentError(
-            f"lm_head_bits {lm_head_bits} contradicts embedding_bits {embedding_bits}: the head of this model "
+            f"lm_head_bits {lm_head_bits} contradicts embedding_bits {embedding_bits}: this model's head "
             "is its embedding (tie_word_embeddings); give one of them"
         )
     default = OUTER_SCHEME.bits if engine.vocab_size * engine.hidden_size >= LARGE_MATRIX else KEEP_BITS
@@ -232,9 +229,10 @@ class _Job:
         rows, columns = part.shape
         groups = part.scheme.groups(columns)
         row_bytes = -(-columns // 8)
+        source = self._checkpoint.read(part.source)
         measured = SquaredError(0.0, 0.0)
-        for piece in _row_pieces(rows, columns, _PIECE):
-            weight = self._checkpoint.read_float32(part.source, piece)
+        for piece in _row_pieces(rows, columns):
+            weight = source[piece]
             matrix = hlq.fit(
                 weight,
                 part.scheme.bits,
@@ -243,7 +241,7 @@ class _Job:
                 threads=self._threads,
                 name=part.source,
             )
-            measured += _squared_error(weight, matrix)
+            measured += SquaredError(*hlq.squared_error(weight, matrix, threads=self._threads))
             for plane in range(matrix.bits):
                 first = (plane * rows + piece.start) * row_bytes
                 self._writer.write(f"{part.name}.planes", matrix.planes[plane], at=first)
@@ -258,7 +256,7 @@ class _Job:
         """Copy a matrix or vector as it is; yields the weights done after each piece."""
         tensor = self._checkpoint.read(part.source)
         rows, columns = part.shape if tensor.ndim == 2 else (1, tensor.size)
-        for piece in _row_pieces(rows, columns, _PIECE):
+        for piece in _row_pieces(rows, columns):
             values = tensor.reshape(rows, columns)[piece]
             if not np.isfinite(values).all():
                 raise TensorValueError(f"{part.source} holds NaN or infinity; check the source model")
@@ -272,29 +270,11 @@ def _weights(part: Part) -> int:
     return math.prod(part.shape)
 
 
-def _row_pieces(rows: int, columns: int, weights: int) -> Iterator[slice]:
-    """Slices of whole rows, of at most `weights` weights where a row is not longer."""
-    step = max(1, weights // columns)
+def _row_pieces(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of whole rows, of at most `_PIECE` weights where a row is not longer."""
+    step = max(1, _PIECE // columns)
     for first in range(0, rows, step):
         yield slice(first, min(first + step, rows))
-
-
-def _squared_error(weight: NDArray[np.float32], matrix: HlqMatrix) -> SquaredError:
-    """Error and norm of a quantized matrix, summed in float64."""
-    error = norm = 0.0
-    for rows in _row_pieces(weight.shape[0], weight.shape[1], _ERROR_PIECE):
-        exact = weight[rows]
-        part = HlqMatrix(
-            matrix.planes[:, rows],
-            matrix.scales[rows],
-            matrix.zeros[rows],
-            matrix.in_features,
-            matrix.group_size,
-        )
-        difference = exact - hlq.dequantize(part)
-        error += float(np.einsum("ij,ij->", difference, difference, dtype=np.float64))
-        norm += float(np.einsum("ij,ij->", exact, exact, dtype=np.float64))
-    return SquaredError(error, norm)
 
 
 def _fingerprint(checkpoint: Checkpoint, scheme: ModelScheme, method: str) -> str:
