@@ -62,6 +62,7 @@ void Decoder::step(std::span<const StepItem> items, float* logits) {
 
 void Decoder::check(std::span<const StepItem> items) const {
   for (size_t i = 0; i < items.size(); ++i) {
+    if (!items[i].sequence->fits(config_)) throw std::invalid_argument("a sequence belongs to another model");
     if (items[i].tokens.empty()) throw std::invalid_argument("a step needs at least one token per sequence");
     for (const int32_t token : items[i].tokens) {
       if (token < 0 || token >= config_.vocab_size) {

@@ -37,7 +37,7 @@ class Decoder {
 
   /// Appends each item's tokens to its sequence. logits: fp32 [sum of logit_rows()][vocab_size], in order of items.
   /// Throws std::invalid_argument, leaving every sequence as it was, when a token is not in the vocabulary, an item is
-  /// empty, a sequence is named twice or would outgrow its limit.
+  /// empty, a sequence is another model's, is named twice or would outgrow its limit.
   void step(std::span<const StepItem> items, float* logits);
 
  private:

@@ -7,10 +7,16 @@
 namespace elutq {
 
 KvCache::KvCache(const ModelConfig& config, int64_t max_positions)
-    : kv_heads_(config.num_key_value_heads),
+    : layers_(config.num_hidden_layers),
+      kv_heads_(config.num_key_value_heads),
       head_dim_(config.head_dim),
-      page_values_(config.num_hidden_layers * kv_heads_ * 2 * kPagePositions * head_dim_),
+      page_values_(layers_ * kv_heads_ * 2 * kPagePositions * head_dim_),
       max_positions_(max_positions) {}
+
+bool KvCache::fits(const ModelConfig& config) const {
+  return layers_ == config.num_hidden_layers && kv_heads_ == config.num_key_value_heads &&
+         head_dim_ == config.head_dim && max_positions_ <= config.max_position_embeddings;
+}
 
 void KvCache::reserve(int64_t positions) {
   if (positions > max_positions_) {

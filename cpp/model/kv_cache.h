@@ -23,6 +23,8 @@ class KvCache {
   KvCache(const KvCache&) = delete;
   KvCache& operator=(const KvCache&) = delete;
 
+  /// Whether this is the cache of a model of that shape.
+  bool fits(const ModelConfig& config) const;
   /// Positions held.
   int64_t length() const { return length_; }
   int64_t max_positions() const { return max_positions_; }
@@ -48,6 +50,7 @@ class KvCache {
  private:
   uint16_t* run(int64_t layer, int64_t kv_head, int64_t position);
 
+  int64_t layers_;
   int64_t kv_heads_;
   int64_t head_dim_;
   int64_t page_values_;

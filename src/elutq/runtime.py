@@ -421,9 +421,13 @@ def _random_matrix(
 
 def _token_array(ids: Sequence[int]) -> NDArray[np.int32]:
     try:
-        return np.ascontiguousarray(ids, dtype=np.int32)
-    except (OverflowError, TypeError, ValueError):
-        raise InvalidArgumentError("token ids must be integers within the vocabulary") from None
+        array = np.asarray(ids) if len(ids) else np.zeros(0, np.int32)
+        limits = np.iinfo(np.int32)
+        if array.ndim == 1 and array.dtype.kind in "iu" and not (array > limits.max).any():
+            return np.ascontiguousarray(np.maximum(array, limits.min), dtype=np.int32)
+    except (TypeError, ValueError):
+        pass
+    raise InvalidArgumentError("token ids must be a list of integers within the vocabulary")
 
 
 def _sampler(

@@ -1,0 +1,149 @@
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from elutq import _core
+
+OFF: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "seed": 0,
+}
+NO_CONTEXT = np.zeros(0, np.int32)
+
+
+def sampler(**options: Any) -> _core.Sampler:
+    return _core.Sampler(**{**OFF, **options})
+
+
+def random_logits(size: int = 200, seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(0, 2, size).astype(np.float32)
+
+
+def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    p = np.exp(logits.astype(np.float64) - logits.max())
+    return p / p.sum()
+
+
+def splitmix64(seed: int, n: int) -> float:
+    """Draw n as sampler.h documents it."""
+    mask = (1 << 64) - 1
+    x = (seed + (n + 1) * 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return float((x ^ (x >> 31)) >> 11) * 2.0**-53
+
+
+def test_greedy_takes_the_lowest_of_equals() -> None:
+    logits = np.array([0, 3, 1, 3, -1], np.float32)
+    assert sampler(temperature=0.0).sample(logits, NO_CONTEXT) == 1
+
+
+def test_draws_are_the_documented_sequence() -> None:
+    logits = random_logits()
+    cumulative = np.cumsum(softmax(logits))
+    own = sampler(seed=123456789)
+    for n in range(200):
+        assert own.sample(logits, NO_CONTEXT) == np.searchsorted(
+            cumulative, splitmix64(123456789, n), "right"
+        )
+
+
+def test_frequencies_are_the_probabilities() -> None:
+    logits = random_logits(8)
+    own = sampler(temperature=0.7, seed=5)
+    counts = Counter(own.sample(logits, NO_CONTEXT) for _ in range(20000))
+    expected = softmax(logits / 0.7)
+    for token in range(8):
+        assert counts[token] / 20000 == pytest.approx(expected[token], abs=0.015)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 1},
+        {"top_k": 10},
+        {"top_k": 500},
+        {"top_p": 0.9},
+        {"top_p": 0.3, "temperature": 1.7},
+        {"top_p": 1e-6},
+        {"min_p": 0.1},
+        {"min_p": 1.0},
+        {"top_k": 40, "top_p": 0.8, "min_p": 0.1, "temperature": 0.8},
+        {"repetition_penalty": 1.5, "top_k": 5},
+        {"repetition_penalty": 0.5, "top_p": 0.5},
+    ],
+)
+def test_filters_keep_what_transformers_keeps(options: dict[str, Any]) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    logits = random_logits(seed=3)
+    context = np.array([3, 7, 7, 120, 50, int(logits.argmax())], np.int32)
+    processors = transformers.LogitsProcessorList()
+    if "repetition_penalty" in options:
+        processors.append(transformers.RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
+    if "temperature" in options:
+        processors.append(transformers.TemperatureLogitsWarper(options["temperature"]))
+    if "top_k" in options:
+        processors.append(transformers.TopKLogitsWarper(options["top_k"]))
+    if "top_p" in options:
+        processors.append(transformers.TopPLogitsWarper(options["top_p"]))
+    if "min_p" in options:
+        processors.append(transformers.MinPLogitsWarper(options["min_p"]))
+    scores = processors(torch.from_numpy(context)[None].long(), torch.from_numpy(logits.copy())[None])[0]
+    cumulative = np.cumsum(softmax(scores.numpy()))
+    own = sampler(seed=9, **options)
+    for n in range(300):
+        expected = np.searchsorted(cumulative, splitmix64(9, n), "right")
+        assert own.sample(logits, context) == expected
+
+
+def test_penalty_applies_once_per_token_and_by_sign() -> None:
+    logits = np.array([2.0, 1.5, -1.0, -1.2], np.float32)
+    greedy = sampler(temperature=0.0, repetition_penalty=1.5)
+    assert greedy.sample(logits, np.array([0, 0, 0], np.int32)) == 1  # 2 / 1.5 < 1.5
+    assert greedy.sample(logits, np.array([0, 1], np.int32)) == 0  # 1.33 and 1
+    only_negative = np.array([-1.0, -1.2], np.float32)
+    assert greedy.sample(only_negative, np.array([0], np.int32)) == 1  # -1.5 < -1.2
+
+
+def test_top_k_keeps_ties() -> None:
+    logits = np.array([1, 5, 5, 5, 0], np.float32)
+    own = sampler(top_k=2)
+    assert {own.sample(logits, NO_CONTEXT) for _ in range(100)} == {1, 2, 3}
+
+
+def test_infinite_logits() -> None:
+    logits = np.array([-np.inf, 0, -np.inf], np.float32)
+    assert sampler().sample(logits, NO_CONTEXT) == 1
+    for bad in (np.nan, np.inf):
+        with pytest.raises(RuntimeError, match="logits"):
+            sampler(temperature=0.0).sample(np.array([0, bad], np.float32), NO_CONTEXT)
+    with pytest.raises(RuntimeError, match="finite"):
+        sampler().sample(np.full(3, -np.inf, np.float32), NO_CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("nan")),
+    ],
+)
+def test_options_out_of_range_are_named(option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=option):
+        sampler(**{option: value})

@@ -1,0 +1,42 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elutq.stopping import stop_before
+
+
+def test_stop_string_across_pieces() -> None:
+    assert list(stop_before(["\n\n"], ["one", " two\n", "\nthree"])) == ["one", " two"]
+
+
+def test_what_only_began_like_a_stop_string_comes_out() -> None:
+    assert list(stop_before(["END"], ["aE", "Nb", "E", "N"])) == ["a", "ENb", "EN"]
+
+
+def test_the_first_of_several_wins() -> None:
+    assert list(stop_before(["yz", "x"], ["axyz"])) == ["a"]
+
+
+def test_nothing_is_taken_after_a_stop_string() -> None:
+    pieces = iter(["a", "stop", "never"])
+    assert list(stop_before(["stop"], pieces)) == ["a"]
+    assert list(pieces) == ["never"]
+
+
+def test_empty_pieces_are_not_passed_on() -> None:
+    assert list(stop_before([], ["", "a", ""])) == ["a"]
+
+
+letters = st.text("ab", max_size=4)
+
+
+@given(st.lists(letters), st.lists(letters.filter(bool), max_size=3))
+def test_same_text_however_it_is_cut(pieces: list[str], stop: list[str]) -> None:
+    text = "".join(pieces)
+    end = min((place for s in stop if (place := text.find(s)) >= 0), default=len(text))
+    assert "".join(stop_before(stop, pieces)) == text[:end]
+
+
+@pytest.mark.parametrize("stop", [["aab"], ["ab", "aab"]])
+def test_overlapping_beginnings(stop: list[str]) -> None:
+    assert "".join(stop_before(stop, "aaab")) == "a"
