@@ -13,6 +13,14 @@ namespace {
 
 constexpr int kSpins = 4000;  // some tens of microseconds, about the gap between two regions of a decode step
 
+// A ticket is (region number, parts of the region, next part to claim), from high bits to low.
+constexpr int kPartBits = 20;
+constexpr uint64_t kPartMask = (uint64_t{1} << kPartBits) - 1;
+
+uint64_t region_of(uint64_t ticket) { return ticket >> (2 * kPartBits); }
+uint64_t parts_of(uint64_t ticket) { return (ticket >> kPartBits) & kPartMask; }
+uint64_t next_of(uint64_t ticket) { return ticket & kPartMask; }
+
 inline void relax() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -30,12 +38,8 @@ ThreadPool::ThreadPool(int threads) {
 }
 
 ThreadPool::~ThreadPool() {
-  {
-    const std::lock_guard lock(mutex_);
-    stop_.store(true);
-    generation_.fetch_add(1);
-  }
-  wake_.notify_all();
+  stop_.store(true);
+  open_region(0);
   for (std::thread& thread : workers_) thread.join();
 }
 
@@ -45,18 +49,13 @@ void ThreadPool::run(int64_t parts, const std::function<void(int64_t)>& task) {
     for (int64_t part = 0; part < parts; ++part) task(part);
     return;
   }
+  if (static_cast<uint64_t>(parts) > kPartMask / 2) throw std::invalid_argument("too many parts for a thread pool");
   task_ = &task;
-  parts_ = parts;
   error_ = nullptr;
-  next_part_.store(0, std::memory_order_relaxed);
-  running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-  {
-    const std::lock_guard lock(mutex_);
-    generation_.fetch_add(1, std::memory_order_release);
-  }
-  wake_.notify_all();
+  unfinished_.store(parts, std::memory_order_relaxed);
+  open_region(static_cast<uint64_t>(parts));
   claim_parts();
-  for (int spin = 0; running_.load(std::memory_order_acquire) != 0; ++spin) {
+  for (int spin = 0; unfinished_.load(std::memory_order_acquire) != 0; ++spin) {
     if (spin < kSpins) {
       relax();
     } else {
@@ -77,31 +76,43 @@ void ThreadPool::run_ranges(int64_t count, int64_t grain, const std::function<vo
   });
 }
 
+void ThreadPool::open_region(uint64_t parts) {
+  {
+    const std::lock_guard lock(mutex_);  // a worker is either about to look at the ticket or already waiting
+    const uint64_t region = region_of(ticket_.load(std::memory_order_relaxed)) + 1;
+    ticket_.store((region << (2 * kPartBits)) | (parts << kPartBits), std::memory_order_release);
+  }
+  wake_.notify_all();
+}
+
 void ThreadPool::claim_parts() {
   for (;;) {
-    const int64_t part = next_part_.fetch_add(1, std::memory_order_relaxed);
-    if (part >= parts_) return;
+    // The part is of whatever region is open now. That region cannot close before the part is done, and its task
+    // was set before it opened.
+    const uint64_t ticket = ticket_.fetch_add(1, std::memory_order_acq_rel);
+    if (next_of(ticket) >= parts_of(ticket)) return;
     try {
-      (*task_)(part);
+      (*task_)(static_cast<int64_t>(next_of(ticket)));
     } catch (...) {
       const std::lock_guard lock(mutex_);
       if (!error_) error_ = std::current_exception();
     }
+    unfinished_.fetch_sub(1, std::memory_order_release);
   }
 }
 
 void ThreadPool::worker() {
   uint64_t seen = 0;
   for (;;) {
-    for (int spin = 0; spin < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spin) relax();
-    if (generation_.load(std::memory_order_acquire) == seen) {
+    const auto current = [this] { return region_of(ticket_.load(std::memory_order_acquire)); };
+    for (int spin = 0; spin < kSpins && current() == seen; ++spin) relax();
+    if (current() == seen) {
       std::unique_lock lock(mutex_);
-      wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
+      wake_.wait(lock, [&] { return current() != seen; });
     }
-    seen = generation_.load(std::memory_order_acquire);
+    seen = current();
     if (stop_.load()) return;
     claim_parts();
-    running_.fetch_sub(1, std::memory_order_release);
   }
 }
 

@@ -14,7 +14,9 @@ namespace elutq {
 /// A fixed team of threads that runs one parallel region at a time.
 ///
 /// The caller is part of the team: a pool of n has n - 1 workers. Workers spin for a short while after a region, so
-/// that the next one starts within about a microsecond, and then sleep, so that an idle model costs nothing.
+/// that the next one starts within about a microsecond, and then sleep, so that an idle model costs nothing. A region
+/// waits for its parts, not for the workers: one that the system has put aside holds nothing up unless it has claimed
+/// a part.
 class ThreadPool {
  public:
   /// Starts `threads` - 1 workers. Throws std::invalid_argument when threads < 1.
@@ -35,16 +37,15 @@ class ThreadPool {
 
  private:
   void worker();
+  void open_region(uint64_t parts);
   void claim_parts();
 
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::atomic<uint64_t> generation_{0};  // odd or even does not matter: a change means a new region
-  std::atomic<int> running_{0};          // workers that have not finished the region yet
-  std::atomic<int64_t> next_part_{0};
+  std::atomic<uint64_t> ticket_{0};     // region, its parts, the next part to claim: one word, so that claims are safe
+  std::atomic<int64_t> unfinished_{0};  // parts of the region that are not done
   std::atomic<bool> stop_{false};
-  int64_t parts_ = 0;
   const std::function<void(int64_t)>* task_ = nullptr;
   std::exception_ptr error_;
 };

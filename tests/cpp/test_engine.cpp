@@ -1,0 +1,191 @@
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+#include "engine/sampler.h"
+
+using namespace elutq;
+
+namespace {
+
+ModelConfig tiny_config() {
+  ModelConfig config;
+  config.vocab_size = 50;
+  config.hidden_size = 32;
+  config.intermediate_size = 40;
+  config.num_hidden_layers = 2;
+  config.num_attention_heads = 4;
+  config.num_key_value_heads = 2;
+  config.head_dim = 8;
+  config.max_position_embeddings = 300;
+  config.rms_norm_eps = 1e-5F;
+  config.attention_bias_qkv = true;
+  config.qk_norm = true;
+  config.rope_inv_freq = {1.0F, 0.1F, 0.01F, 0.001F};
+  config.sliding_windows = {0, 20};
+  return config;
+}
+
+/// Dense fp32 weights under their names, kept alive by the engine.
+void fill(Engine& engine) {
+  const ModelConfig& config = engine.config();
+  unsigned seed = 0;
+  const auto matrix = [&](const std::string& name, int64_t out, int64_t in) {
+    std::mt19937 generator(++seed);
+    std::normal_distribution<float> normal(0.0F, 1.0F / std::sqrt(static_cast<float>(in)));
+    auto values = std::make_shared<std::vector<float>>(out * in);
+    for (float& value : *values) value = normal(generator);
+    const float* data = values->data();
+    engine.weights().set_dense(name, DenseType::kFloat32, data, out, in, std::move(values));
+  };
+  const auto vector = [&](const std::string& name, int64_t size) {
+    std::vector<float> values(size);
+    std::iota(values.begin(), values.end(), 1.0F);
+    for (float& value : values) value = 1.0F + 0.01F * value;
+    engine.weights().set_vector(name, values);
+  };
+  matrix("model.embed_tokens", 50, 32);
+  if (!config.tie_word_embeddings) matrix("lm_head", 50, 32);
+  vector("model.norm.weight", 32);
+  for (const std::string layer : {"model.layers.0.", "model.layers.1."}) {
+    vector(layer + "input_layernorm.weight", 32);
+    vector(layer + "post_attention_layernorm.weight", 32);
+    vector(layer + "self_attn.q_norm.weight", 8);
+    vector(layer + "self_attn.k_norm.weight", 8);
+    vector(layer + "self_attn.q_proj.bias", 32);
+    vector(layer + "self_attn.k_proj.bias", 16);
+    vector(layer + "self_attn.v_proj.bias", 16);
+    matrix(layer + "self_attn.q_proj", 32, 32);
+    matrix(layer + "self_attn.k_proj", 16, 32);
+    matrix(layer + "self_attn.v_proj", 16, 32);
+    matrix(layer + "self_attn.o_proj", 32, 32);
+    matrix(layer + "mlp.gate_proj", 40, 32);
+    matrix(layer + "mlp.up_proj", 40, 32);
+    matrix(layer + "mlp.down_proj", 32, 40);
+  }
+}
+
+std::vector<int32_t> some_tokens(size_t count) {
+  std::vector<int32_t> tokens(count);
+  for (size_t i = 0; i < count; ++i) tokens[i] = static_cast<int32_t>(i * 7 % 50);
+  return tokens;
+}
+
+}  // namespace
+
+TEST_CASE("logits do not depend on chunks, company or threads") {
+  const std::vector<int32_t> tokens = some_tokens(290);  // three chunks, five pages
+  std::vector<float> expected;
+  for (const int threads : {1, 2, 4}) {
+    Engine engine(tiny_config(), "", threads, false);
+    fill(engine);
+    std::vector<float> logits(tokens.size() * 50);
+    const auto whole = engine.new_sequence(300);
+    engine.step(std::array<StepItem, 1>{{{whole.get(), tokens, true}}}, logits.data());
+    CHECK(whole->length() == 290);
+    if (expected.empty()) expected = logits;
+    CHECK(logits == expected);
+
+    const auto mine = engine.new_sequence(300);
+    const auto other = engine.new_sequence(300);
+    std::vector<float> rows(4 * 50);
+    size_t done = 0;
+    for (size_t piece = 1; done < tokens.size(); piece = piece * 2 + 1) {
+      const size_t count = std::min(piece, tokens.size() - done);
+      const std::array<StepItem, 2> items = {
+          {{other.get(), {tokens.data() + done % 9, 1}, false}, {mine.get(), {tokens.data() + done, count}, false}}};
+      engine.step(items, rows.data());
+      done += count;
+      CHECK(std::equal(rows.begin() + 50, rows.begin() + 100, expected.begin() + (done - 1) * 50));
+    }
+  }
+}
+
+TEST_CASE("incomplete or foreign weights are named") {
+  Engine engine(tiny_config(), "", 1, false);
+  const auto sequence = engine.new_sequence(10);
+  const std::vector<int32_t> tokens = {1};
+  std::vector<float> logits(50);
+  const std::array<StepItem, 1> items = {{{sequence.get(), tokens, false}}};
+  CHECK_THROWS_WITH_AS(engine.step(items, logits.data()), "the model's weights lack lm_head", std::invalid_argument);
+  Weights& weights = engine.weights();
+  const std::vector<float> values(32 * 32);
+  const auto set = [&](const char* name, int64_t out, int64_t in) {
+    weights.set_dense(name, DenseType::kFloat32, values.data(), out, in, nullptr);
+  };
+  CHECK_THROWS_AS(set("model.layers.2.mlp.up_proj", 32, 32), std::invalid_argument);
+  CHECK_THROWS_AS(set("model.layers.0.self_attn.q_proj", 32, 31), std::invalid_argument);
+  CHECK_THROWS_AS(weights.set_vector("model.norm.weight", std::vector<float>(31)), std::invalid_argument);
+  CHECK_THROWS_AS(weights.set_vector("model.norm.bias", std::vector<float>(32)), std::invalid_argument);
+  fill(engine);
+  engine.step(items, logits.data());
+  CHECK(sequence->length() == 1);
+}
+
+TEST_CASE("configs are validated") {
+  const auto broken = [](const auto& change) {
+    ModelConfig config = tiny_config();
+    change(config);
+    CHECK_THROWS_AS(Engine(config, "", 1, false), std::invalid_argument);
+  };
+  broken([](ModelConfig& c) { c.num_key_value_heads = 3; });
+  broken([](ModelConfig& c) { c.head_dim = 12; });
+  broken([](ModelConfig& c) { c.rope_inv_freq.pop_back(); });
+  broken([](ModelConfig& c) { c.sliding_windows.pop_back(); });
+  broken([](ModelConfig& c) { c.vocab_size = 0; });
+  CHECK_THROWS_AS(Engine(tiny_config(), "no-such-isa", 1, false), std::invalid_argument);
+  CHECK_THROWS_AS(Engine(tiny_config(), "", 0, false), std::invalid_argument);
+}
+
+TEST_CASE("the cache keeps every position in its place") {
+  KvCache cache(tiny_config(), 300);
+  CHECK_THROWS_AS(cache.reserve(301), std::invalid_argument);
+  cache.reserve(200);
+  CHECK(cache.memory_bytes() == 256 * 2 * 2 * 2 * 8 * 2);  // 4 pages; layers, heads, k and v, head_dim, bytes
+  for (int64_t position = 0; position < 200; ++position) {
+    for (int64_t d = 0; d < 8; ++d) {
+      cache.key(1, 0, position)[d] = static_cast<uint16_t>(position * 8 + d);
+      cache.value(1, 0, position)[d] = static_cast<uint16_t>(10000 + position * 8 + d);
+    }
+    cache.key(1, 1, position)[0] = cache.key(0, 0, position)[0] = 0;
+  }
+  cache.set_length(200);
+  std::vector<KvSpan> spans;
+  cache.spans(1, 0, 50, 170, spans);
+  CHECK(spans.size() == 3);  // 50..63, 64..127, 128..169
+  int64_t position = 50;
+  for (const KvSpan& span : spans) {
+    for (int64_t i = 0; i < span.length; ++i, ++position) {
+      CHECK(span.keys[i * 8 + 3] == position * 8 + 3);
+      CHECK(span.values[i * 8 + 7] == 10000 + position * 8 + 7);
+    }
+  }
+  CHECK(position == 170);
+  cache.truncate(64);
+  CHECK(cache.memory_bytes() == 64 * 2 * 2 * 2 * 8 * 2);
+  CHECK(cache.length() == 64);
+  CHECK_THROWS_AS(cache.truncate(65), std::invalid_argument);
+  CHECK_THROWS_AS(cache.truncate(-1), std::invalid_argument);
+}
+
+TEST_CASE("a sampler draws its documented sequence") {
+  // With equal logits, token floor(u * n): the first three draws of seed 0 are SplitMix64's published outputs.
+  const std::vector<float> logits(1000, 1.0F);
+  SamplingOptions options;
+  options.temperature = 1.0F;
+  Sampler sampler(options);
+  const std::array<uint64_t, 3> published = {0xE220A8397B1DCDAFULL, 0x6E789E6AA1B965F4ULL, 0x06C45D188009454FULL};
+  for (const uint64_t output : published) {
+    CHECK(sampler.sample(logits, {}) == static_cast<int32_t>(static_cast<double>(output >> 11) * 0x1p-53 * 1000));
+  }
+}

@@ -1,0 +1,219 @@
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <stdexcept>
+#include <vector>
+
+#include "base/half.h"
+#include "kernel_cases.h"
+#include "ops/attention.h"
+#include "ops/linear.h"
+#include "ops/rotary.h"
+
+using namespace elutq;
+
+namespace {
+
+std::vector<float> normals(int64_t count, uint32_t seed) { return testing::random_floats(count, seed); }
+
+/// An HLQ matrix and its weights one by one.
+struct HlqData : testing::HlqCase {
+  using HlqCase::HlqCase;
+
+  float weight(int64_t row, int64_t column) const {
+    const int64_t group = row * shape.groups() + column / shape.group_size;
+    float w = half_to_float(zeros[group]);
+    for (int p = 0; p < shape.bits; ++p) {
+      const uint8_t byte = planes[(p * shape.out_features + row) * ((shape.in_features + 7) / 8) + column / 8];
+      if ((byte >> (column % 8) & 1) != 0) w += half_to_float(scales[group * shape.bits + p]);
+    }
+    return w;
+  }
+};
+
+Activations activations(const std::vector<float>& values, int64_t tokens, int64_t features) {
+  Activations x(tokens, features);
+  std::copy(values.begin(), values.end(), x.row(0));
+  return x;
+}
+
+}  // namespace
+
+TEST_CASE("a group of linears gives each one's product, bias and residual, for any number of threads") {
+  constexpr int64_t kTokens = 3;
+  constexpr int64_t kIn = 200;
+  const HlqData first({70, kIn, 2, 64}, 1);
+  const HlqData second({33, kIn, 4, kIn}, 2);
+  const std::vector<float> dense = normals(45 * kIn, 3);
+  const std::vector<float> bias = normals(70, 4);
+  const std::vector<float> values = normals(kTokens * kIn, 5);
+  std::vector<std::vector<float>> results;
+  for (const int threads : {1, 2, 5}) {
+    ThreadPool pool(threads);
+    const Backend backend{&select_kernels(""), &pool, true};
+    std::array<Linear, 3> linears = {Linear(70, kIn), Linear(33, kIn), Linear(45, kIn)};
+    linears[0].set_hlq(backend, first.view());
+    linears[0].bias() = bias;
+    linears[1].set_hlq(backend, second.view());
+    linears[2].set_dense(DenseType::kFloat32, dense.data(), nullptr);
+    const Activations x = activations(values, kTokens, kIn);
+    std::vector<float> y(kTokens * 70), z(kTokens * 33), u(kTokens * 50), residual(kTokens * 33, 10.0F);
+    run_linears(
+        backend, x, kTokens,
+        std::array<LinearCall, 3>{
+            {{&linears[0], y.data(), 70}, {&linears[1], z.data(), 33, residual.data()}, {&linears[2], u.data(), 50}}});
+    for (int64_t t = 0; t < kTokens; ++t) {
+      const auto product = [&](const auto& weight, int64_t row) {
+        double sum = 0;
+        for (int64_t k = 0; k < kIn; ++k) sum += static_cast<double>(weight(row, k)) * values[t * kIn + k];
+        return sum;
+      };
+      const auto dense_weight = [&](int64_t row, int64_t k) { return dense[row * kIn + k]; };
+      const auto first_weight = [&](int64_t row, int64_t k) { return first.weight(row, k); };
+      const auto second_weight = [&](int64_t row, int64_t k) { return second.weight(row, k); };
+      for (int64_t n = 0; n < 70; ++n) {
+        CHECK(y[t * 70 + n] == doctest::Approx(product(first_weight, n) + bias[n]).epsilon(1e-4));
+      }
+      for (int64_t n = 0; n < 33; ++n) {
+        CHECK(z[t * 33 + n] == doctest::Approx(product(second_weight, n)).epsilon(1e-4));
+        CHECK(residual[t * 33 + n] == 10.0F + z[t * 33 + n]);
+      }
+      for (int64_t n = 0; n < 45; ++n) {
+        CHECK(u[t * 50 + n] == doctest::Approx(product(dense_weight, n)).epsilon(1e-4));
+      }
+      CHECK(u[t * 50 + 45] == 0.0F);
+    }
+    y.insert(y.end(), z.begin(), z.end());
+    y.insert(y.end(), u.begin(), u.end());
+    results.push_back(y);
+  }
+  CHECK(results[1] == results[0]);
+  CHECK(results[2] == results[0]);
+}
+
+TEST_CASE("tables are built per segment size and shared") {
+  ThreadPool pool(2);
+  const Backend backend{&select_kernels(""), &pool, false};
+  constexpr int64_t kIn = 256;
+  const HlqData narrow({64, kIn, 2, 32}, 1);
+  const HlqData wide({64, kIn, 3, 128}, 2);
+  const HlqData row({64, kIn, 1, kIn}, 3);
+  std::array<Linear, 3> linears = {Linear(64, kIn), Linear(64, kIn), Linear(64, kIn)};
+  Activations x = activations(normals(2 * kIn, 4), 2, kIn);
+  const std::array<const HlqData*, 3> data = {&narrow, &wide, &row};
+  for (size_t i = 0; i < linears.size(); ++i) {
+    linears[i].set_hlq(backend, data[i]->view());
+    x.reserve_tables(linears[i]);
+  }
+  CHECK(x.tables(32) != nullptr);
+  CHECK(x.tables(128) != nullptr);  // also that of the whole-row group
+  CHECK(x.tables(256) == nullptr);
+  const std::array<const Linear*, 3> consumers = {&linears[0], &linears[1], &linears[2]};
+  x.build(*backend.kernels, 0, consumers);
+  x.build(*backend.kernels, 1, consumers);
+  for (size_t i = 0; i < linears.size(); ++i) {
+    std::vector<float> y(2 * 64);
+    run_linears(backend, x, 2, std::array<LinearCall, 1>{{{&linears[i], y.data(), 64}}});
+    double error = 0, norm = 0;
+    for (int64_t t = 0; t < 2; ++t) {
+      for (int64_t n = 0; n < 64; ++n) {
+        double expected = 0;
+        for (int64_t k = 0; k < kIn; ++k) expected += static_cast<double>(data[i]->weight(n, k)) * x.row(t)[k];
+        error += std::pow(y[t * 64 + n] - expected, 2);
+        norm += std::pow(expected, 2);
+      }
+    }
+    CHECK(std::sqrt(error / norm) < 0.02);
+  }
+}
+
+TEST_CASE("rows are read back from every kind of matrix") {
+  ThreadPool pool(1);
+  const Backend backend{&select_kernels(""), &pool, false};
+  const HlqData data({10, 100, 3, 32}, 1);
+  Linear linear(10, 100);
+  std::vector<float> row(100);
+  linear.set_hlq(backend, data.view());
+  linear.read_row(*backend.kernels, 9, row.data());
+  for (int64_t k = 0; k < 100; ++k) CHECK(row[k] == doctest::Approx(data.weight(9, k)).epsilon(1e-6));
+  CHECK(linear.row_bytes() == 3 * 13 + 2 * 4 * 4);
+
+  std::vector<uint16_t> halves;
+  for (const float value : normals(1000, 2)) halves.push_back(float_to_half(value));
+  linear.set_dense(DenseType::kFloat16, halves.data(), nullptr);
+  linear.read_row(*backend.kernels, 3, row.data());
+  for (int64_t k = 0; k < 100; ++k) CHECK(row[k] == half_to_float(halves[300 + k]));
+  CHECK(linear.row_bytes() == 200);
+  CHECK(linear.packed_bytes() == 0);
+}
+
+TEST_CASE("matrices that do not fit are refused") {
+  ThreadPool pool(1);
+  const Backend backend{&select_kernels(""), &pool, false};
+  Linear linear(10, 100);
+  CHECK_THROWS_AS(linear.set_hlq(backend, HlqData({10, 96, 2, 32}, 1).view()), std::invalid_argument);
+  CHECK_THROWS_AS(linear.set_hlq(backend, HlqData({10, 100, 2, 48}, 1).view()), std::invalid_argument);
+  CHECK_THROWS_AS(linear.set_hlq(backend, HlqData({10, 100, 5, 32}, 1).view()), std::invalid_argument);
+  CHECK_THROWS_AS(Linear(0, 5), std::invalid_argument);
+  Activations x(1, 99);
+  CHECK_THROWS_AS(x.reserve_tables(linear), std::invalid_argument);
+}
+
+TEST_CASE("attention sees exactly its spans, each token its own") {
+  const AttentionShape shape{6, 2, 16};
+  constexpr int64_t kTokens = 5;
+  constexpr int64_t kPositions = 40;
+  std::vector<uint16_t> keys, values;
+  for (const float v : normals(2 * kPositions * 16, 1)) keys.push_back(float_to_half(v));
+  for (const float v : normals(2 * kPositions * 16, 2)) values.push_back(float_to_half(v));
+  const std::vector<float> q = normals(kTokens * shape.q_size(), 3);
+  const std::function<void(int64_t, int64_t, std::vector<KvSpan>&)> visible = [&](int64_t token, int64_t kv_head,
+                                                                                  std::vector<KvSpan>& spans) {
+    const int64_t end = 8 * token + 1;  // one position, then two spans
+    const uint16_t* k = keys.data() + kv_head * kPositions * 16;
+    const uint16_t* v = values.data() + kv_head * kPositions * 16;
+    spans = {{k, v, 1}};
+    if (end > 1) spans.push_back({k + 16, v + 16, end - 1});
+  };
+  for (const int threads : {1, 3}) {
+    ThreadPool pool(threads);
+    Attention attention({&select_kernels(""), &pool, false}, shape);
+    std::vector<float> out(kTokens * shape.q_size());
+    attention.run(q.data(), kTokens, kPositions, visible, out.data());
+    for (int64_t t = 0; t < kTokens; ++t) {
+      for (int64_t h = 0; h < 6; ++h) {
+        const int64_t head = (h / 3) * kPositions * 16;
+        std::vector<double> weights;
+        double sum = 0;
+        for (int64_t j = 0; j <= 8 * t; ++j) {
+          double score = 0;
+          for (int64_t d = 0; d < 16; ++d) score += q[t * 96 + h * 16 + d] * half_to_float(keys[head + j * 16 + d]);
+          weights.push_back(std::exp(score / 4));
+          sum += weights.back();
+        }
+        for (int64_t d = 0; d < 16; ++d) {
+          double expected = 0;
+          for (int64_t j = 0; j <= 8 * t; ++j) expected += weights[j] / sum * half_to_float(values[head + j * 16 + d]);
+          CHECK(out[t * 96 + h * 16 + d] == doctest::Approx(expected).epsilon(1e-4));
+        }
+      }
+    }
+  }
+  ThreadPool pool(1);
+  const Backend backend{&select_kernels(""), &pool, false};
+  CHECK_THROWS_AS(Attention(backend, {6, 4, 16}), std::invalid_argument);
+  CHECK_THROWS_AS(Attention(backend, {6, 2, 12}), std::invalid_argument);
+}
+
+TEST_CASE("rotary angles round where transformers rounds") {
+  std::array<float, 2> cos{}, sin{};
+  rotary_angles({1.0F, 0.1F}, 1.5F, 100003, cos.data(), sin.data());
+  const double second = static_cast<float>(100003.0F * 0.1F);
+  CHECK(cos[0] == static_cast<float>(std::cos(100003.0)) * 1.5F);
+  CHECK(cos[1] == static_cast<float>(std::cos(second)) * 1.5F);
+  CHECK(sin[1] == static_cast<float>(std::sin(second)) * 1.5F);
+}
