@@ -1,41 +1,37 @@
-// The HLQ search of one batch of groups: one group per lane, every loop over lanes an elementwise one. Compiled once
-// per instruction set; without reassociation or contraction all builds compute the same bits. Nothing here may be an
-// inline function with external linkage, or the linker could keep the copy that needs the widest instructions.
+// The HLQ search of one batch of groups, one group per lane. Compiled once per instruction set; without reassociation
+// or contraction all builds compute the same bits. Everything but the entry points has internal linkage, or the linker
+// could keep the copy of an inline function that needs the widest instructions.
 #include "solver/group_search.h"
 
 #include <bit>
 #include <cmath>
 #include <limits>
 
+#include "solver/lanes.h"
 #include "solver/search_plan.h"
 
 namespace elutq::ELUTQ_SOLVER_NAMESPACE {
 namespace {
 
-constexpr int kLanes = kSearchLanes;
-
-template <typename T>
-struct alignas(64) Lanes {
-  T v[kLanes];
-  T& operator[](int lane) { return v[lane]; }
-  const T& operator[](int lane) const { return v[lane]; }
-};
-using Floats = Lanes<float>;
-using Doubles = Lanes<double>;
-using Ints = Lanes<int32_t>;
-
-/// Levels of 2^kBits codes and the parameters behind them: scales first, zero last.
+/// What is sought: scales p[0 .. kBits-1], zero p[kBits].
 template <int kBits>
-using Parameters = Lanes<double>[kBits + 1];
+struct Parameters {
+  Doubles at[kBits + 1] = {};
 
-/// The groups of a batch in ascending order, ready for any partition into intervals to be summed in O(1).
+  Doubles& operator[](int i) { return at[i]; }
+  const Doubles& operator[](int i) const { return at[i]; }
+  Doubles& zero() { return at[kBits]; }
+  const Doubles& zero() const { return at[kBits]; }
+};
+
+/// The groups of a batch in ascending order, ready for any interval to be summed in O(1).
 struct SortedGroups {
   int64_t count;         ///< weights of the longest group; shorter ones end in +inf
   int64_t pivot_step;    ///< distance of the kPivots pivots that a search starts with, a power of two
-  const float* x;        ///< [kPivots * pivot_step + pivot_step][kLanes], ascending, +inf past the last weight
+  const float* x;        ///< [(kPivots + 1) * pivot_step][kLanes], ascending, +inf past the last weight
   const double* mass;    ///< [count + 1][kLanes], sums of a over the first k weights; nullptr when a = 1
   const double* moment;  ///< [count + 1][kLanes], sums of a * x over the first k weights
-  Ints counts;           ///< weights of each group
+  Ints ends;             ///< index of [weights of the group][lane] in such an array
   Doubles low, high;     ///< smallest and largest weight
   Doubles total;         ///< sum of a
   Doubles square;        ///< sum of a * x^2
@@ -43,15 +39,15 @@ struct SortedGroups {
 
 constexpr int kPivots = 16;
 
-int64_t pivot_step(int64_t stride) {
+int64_t pivot_step(int64_t count) {
   int64_t step = 1;
-  while (step * kPivots < stride) step *= 2;
+  while (step * kPivots < count) step *= 2;
   return step;
 }
 
-// ---- Sorting ---------------------------------------------------------------------------------------------------
+// ---- Sorting -----------------------------------------------------------------------------------------------------
 
-/// Batcher's merge exchange (Knuth, TAOCP 5.2.2, algorithm M): sorts any count with a fixed sequence of exchanges, so
+/// Batcher's merge exchange (Knuth, TAOCP 5.2.2, algorithm M): sorts any count by a fixed sequence of exchanges, so
 /// all lanes sort at once.
 template <typename Exchange>
 void sort_network(int64_t count, const Exchange& exchange) {
@@ -63,7 +59,7 @@ void sort_network(int64_t count, const Exchange& exchange) {
     for (int64_t q = top;; q /= 2) {
       for (int64_t block = r; block < count - d; block += 2 * p) {
         const int64_t end = block + p < count - d ? block + p : count - d;
-        for (int64_t i = block; i < end; ++i) exchange(i, i + d);
+        for (int64_t i = block; i < end; ++i) exchange(i * kLanes, (i + d) * kLanes);
       }
       if (q == p) break;
       d = q - p;
@@ -74,33 +70,25 @@ void sort_network(int64_t count, const Exchange& exchange) {
 
 void sort_lanes(float* x, int64_t count) {
   sort_network(count, [x](int64_t i, int64_t j) {
-    float* __restrict a = x + i * kLanes;
-    float* __restrict b = x + j * kLanes;
-    for (int l = 0; l < kLanes; ++l) {
-      const float low = a[l] < b[l] ? a[l] : b[l];
-      const float high = a[l] < b[l] ? b[l] : a[l];
-      a[l] = low;
-      b[l] = high;
-    }
+    const Floats a = Floats::load(x + i);
+    const Floats b = Floats::load(x + j);
+    min(a, b).store(x + i);
+    max(a, b).store(x + j);
   });
 }
 
 void sort_lanes_with(float* x, float* importance, int64_t count) {
   sort_network(count, [=](int64_t i, int64_t j) {
-    float* __restrict a = x + i * kLanes;
-    float* __restrict b = x + j * kLanes;
-    float* __restrict u = importance + i * kLanes;
-    float* __restrict v = importance + j * kLanes;
     for (int l = 0; l < kLanes; ++l) {
-      const bool ordered = a[l] <= b[l];
-      const float low = ordered ? a[l] : b[l];
-      const float high = ordered ? b[l] : a[l];
-      const float first = ordered ? u[l] : v[l];
-      const float second = ordered ? v[l] : u[l];
-      a[l] = low;
-      b[l] = high;
-      u[l] = first;
-      v[l] = second;
+      const bool ordered = x[i + l] <= x[j + l];
+      const float low = ordered ? x[i + l] : x[j + l];
+      const float high = ordered ? x[j + l] : x[i + l];
+      const float first = ordered ? importance[i + l] : importance[j + l];
+      const float second = ordered ? importance[j + l] : importance[i + l];
+      x[i + l] = low;
+      x[j + l] = high;
+      importance[i + l] = first;
+      importance[j + l] = second;
     }
   });
 }
@@ -115,8 +103,7 @@ struct Scratch {
 
   Scratch(void* memory, int64_t stride) {
     const int64_t rows = pivot_step(stride) * (kPivots + 1);
-    auto* base = static_cast<char*>(memory);
-    x = reinterpret_cast<float*>(base);
+    x = static_cast<float*>(memory);
     importance = x + rows * kLanes;
     moment = reinterpret_cast<double*>(importance + rows * kLanes);
     mass = moment + (stride + 1) * kLanes;
@@ -129,10 +116,11 @@ SortedGroups sort_groups(const GroupBatch& batch) {
   const bool weighted = batch.importances[0] != nullptr;
   SortedGroups groups;
   groups.count = 1;
+  int64_t counts[kLanes];
   for (int l = 0; l < kLanes; ++l) {
-    const int source = l < batch.lanes ? l : 0;  // idle lanes repeat the first group
-    groups.counts[l] = static_cast<int32_t>(batch.counts[source]);
-    if (batch.counts[source] > groups.count) groups.count = batch.counts[source];
+    counts[l] = batch.counts[l < batch.lanes ? l : 0];  // idle lanes repeat the first group
+    groups.count = counts[l] > groups.count ? counts[l] : groups.count;
+    groups.ends.set(l, static_cast<int32_t>(counts[l] * kLanes + l));
   }
   groups.pivot_step = pivot_step(groups.count);
   const int64_t rows = groups.pivot_step * (kPivots + 1);
@@ -140,12 +128,11 @@ SortedGroups sort_groups(const GroupBatch& batch) {
   for (int l = 0; l < kLanes; ++l) {
     const int source = l < batch.lanes ? l : 0;
     const float* from = batch.values + source * batch.stride;
-    for (int64_t k = 0; k < groups.counts[l]; ++k) x[k * kLanes + l] = from[k];
-    for (int64_t k = groups.counts[l]; k < rows; ++k) x[k * kLanes + l] = std::numeric_limits<float>::infinity();
-    if (!weighted) continue;
-    const float* importance = batch.importances[source];
+    for (int64_t k = 0; k < counts[l]; ++k) x[k * kLanes + l] = from[k];
+    for (int64_t k = counts[l]; k < rows; ++k) x[k * kLanes + l] = std::numeric_limits<float>::infinity();
     for (int64_t k = 0; k < groups.count; ++k) {
-      scratch.importance[k * kLanes + l] = k < groups.counts[l] ? importance[k] : 0.0f;
+      const float present = k < counts[l] ? 1.0f : 0.0f;
+      scratch.importance[k * kLanes + l] = weighted && k < counts[l] ? batch.importances[source][k] : present;
     }
   }
   if (weighted) {
@@ -154,95 +141,91 @@ SortedGroups sort_groups(const GroupBatch& batch) {
     sort_lanes(x, groups.count);
   }
 
-  Doubles mass{};
-  Doubles moment{};
-  Doubles square{};
-  double* masses = scratch.mass;
-  double* moments = scratch.moment;
-  for (int l = 0; l < kLanes; ++l) moments[l] = masses[l] = 0.0;
+  Doubles mass = 0.0;
+  Doubles moment = 0.0;
+  Doubles square = 0.0;
+  mass.store(scratch.mass);
+  moment.store(scratch.moment);
   for (int64_t k = 0; k < groups.count; ++k) {
-    for (int l = 0; l < kLanes; ++l) {
-      const bool present = k < groups.counts[l];
-      const double value = present ? static_cast<double>(x[k * kLanes + l]) : 0.0;
-      const double a = weighted ? static_cast<double>(scratch.importance[k * kLanes + l]) : (present ? 1.0 : 0.0);
-      mass[l] += a;
-      moment[l] += a * value;
-      square[l] += a * value * value;
-      moments[(k + 1) * kLanes + l] = moment[l];
-    }
-    if (weighted) {
-      for (int l = 0; l < kLanes; ++l) masses[(k + 1) * kLanes + l] = mass[l];
-    }
+    const Doubles a = convert<double>(Floats::load(scratch.importance + k * kLanes));
+    const Doubles value = convert<double>(Floats::load(x + k * kLanes));
+    const Doubles weighted_value = select(a < Doubles(0x1p-1000), 0.0, a * value);  // not 0 * inf past the end
+    moment += weighted_value;
+    square += select(a < Doubles(0x1p-1000), 0.0, weighted_value * value);
+    mass += a;
+    moment.store(scratch.moment + (k + 1) * kLanes);
+    if (weighted) mass.store(scratch.mass + (k + 1) * kLanes);
   }
   groups.x = x;
-  groups.mass = weighted ? masses : nullptr;
-  groups.moment = moments;
+  groups.mass = weighted ? scratch.mass : nullptr;
+  groups.moment = scratch.moment;
   groups.total = mass;
   groups.square = square;
-  for (int l = 0; l < kLanes; ++l) {
-    groups.low[l] = static_cast<double>(x[l]);
-    groups.high[l] = static_cast<double>(x[(groups.counts[l] - 1) * kLanes + l]);
-  }
+  groups.low = convert<double>(Floats::load(x));
+  for (int l = 0; l < kLanes; ++l) groups.high.set(l, static_cast<double>(x[(counts[l] - 1) * kLanes + l]));
   return groups;
 }
 
-// ---- Bit-pattern selection, by partition --------------------------------------------------------------------------
+// ---- Bit-pattern selection, as a partition -----------------------------------------------------------------------
 
-/// Number of weights that are <= threshold.
-void count_at_most(const SortedGroups& groups, const Floats& threshold, Ints& position) {
-  const int64_t step = groups.pivot_step;
-  const float* x = groups.x;
-  for (int l = 0; l < kLanes; ++l) position[l] = 0;
-  for (int64_t i = 1; i <= kPivots; ++i) {
-    const float* pivots = x + (i * step - 1) * kLanes;
-    for (int l = 0; l < kLanes; ++l) position[l] += pivots[l] <= threshold[l] ? 1 : 0;
+/// For each threshold, the index in a [][kLanes] array of the first weight above it. Several searches run interleaved,
+/// since one alone would wait for its own look-ups.
+template <int kCount>
+void upper_bounds(const SortedGroups& groups, const Floats* thresholds, Ints* indices) {
+  const auto step = static_cast<int32_t>(groups.pivot_step);
+  Ints index[kCount];
+  for (Ints& each : index) {
+    for (int l = 0; l < kLanes; ++l) each.set(l, l);
   }
-  for (int l = 0; l < kLanes; ++l) position[l] *= static_cast<int32_t>(step);
-  for (int32_t s = static_cast<int32_t>(step / 2); s >= 1; s /= 2) {
-    for (int l = 0; l < kLanes; ++l) {
-      position[l] += x[(position[l] + s - 1) * kLanes + l] <= threshold[l] ? s : 0;
-    }
+  for (int i = 1; i <= kPivots; ++i) {
+    const Floats pivot = Floats::load(groups.x + (i * step - 1) * kLanes);
+    for (int t = 0; t < kCount; ++t) index[t] += where_at_most(pivot, thresholds[t], step * kLanes);
   }
+  for (int32_t s = step / 2; s >= 1; s /= 2) {
+    const float* middle = groups.x + (s - 1) * kLanes;
+    for (int t = 0; t < kCount; ++t) index[t] += where_at_most(gather(middle, index[t]), thresholds[t], s * kLanes);
+  }
+  for (int t = 0; t < kCount; ++t) indices[t] = index[t];
 }
 
 /// Sufficient statistics of the weights under each code.
 template <int kBits>
 struct Cells {
-  Doubles mass[1 << kBits];      ///< n_c: sum of a
-  Doubles residual[1 << kBits];  ///< r_c: sum of a * (x - level of c)
+  Doubles mass[1 << kBits];      ///< sum of a
+  Doubles residual[1 << kBits];  ///< sum of a * (x - level of the code)
   Doubles error;                 ///< E
 };
 
-/// A level whose last mantissa bits are its code, so that sorting levels sorts codes along; the change, 4 bits out of
-/// 52, is far below what matters here.
-inline double tag(double level, int code) {
-  return std::bit_cast<double>((std::bit_cast<uint64_t>(level) & ~uint64_t{15}) | static_cast<uint64_t>(code));
+void exchange(Doubles& a, Doubles& b) {
+  const Doubles low = min(a, b);
+  b = max(a, b);
+  a = low;
 }
 
+/// Levels in ascending order. Where that can differ from the order of codes (bits >= 3, canonical parameters), the
+/// code of a level takes the place of its last four mantissa bits, so that sorting levels sorts codes along; the
+/// change is far below what matters here.
 template <int kBits>
 void sorted_levels(const Parameters<kBits>& p, Doubles (&levels)[1 << kBits]) {
-  for (int l = 0; l < kLanes; ++l) levels[0][l] = p[kBits][l];
+  constexpr int kCodes = 1 << kBits;
+  levels[0] = p.zero();
   for (int plane = 0; plane < kBits; ++plane) {
-    for (int c = 0; c < (1 << plane); ++c) {
-      for (int l = 0; l < kLanes; ++l) levels[(1 << plane) + c][l] = levels[c][l] + p[plane][l];
+    for (int c = 0; c < (1 << plane); ++c) levels[(1 << plane) + c] = levels[c] + p[plane];
+  }
+  if constexpr (kBits >= 3) {
+    for (int c = 0; c < kCodes; ++c) {
+      for (int i = 0; i < kParts; ++i) {
+        const auto bits = std::bit_cast<Masks::Vector>(levels[c].part[i]);
+        levels[c].part[i] = std::bit_cast<Doubles::Vector>((bits & ~int64_t{15}) | int64_t{c});
+      }
     }
-  }
-  for (int c = 0; c < (1 << kBits); ++c) {
-    for (int l = 0; l < kLanes; ++l) levels[c][l] = tag(levels[c][l], c);
-  }
-  // Two sorted lists of length n merge by exchanges of distance n, n/2 .. 1 (Batcher).
-  for (int n = 1; n < (1 << kBits); n *= 2) {
-    for (int begin = 0; begin < (1 << kBits); begin += 2 * n) {
-      for (int d = n; d >= 1; d /= 2) {
-        for (int i = d == n ? 0 : d; i + d < 2 * n; ++i) {
-          if (d != n && (i / d) % 2 == 0) continue;
-          Doubles& a = levels[begin + i];
-          Doubles& b = levels[begin + i + d];
-          for (int l = 0; l < kLanes; ++l) {
-            const double low = a[l] < b[l] ? a[l] : b[l];
-            const double high = a[l] < b[l] ? b[l] : a[l];
-            a[l] = low;
-            b[l] = high;
+    // Lists of n merge by exchanges at distance n, n/2 .. 1 (Batcher); those of 1 and 2 are in order already.
+    for (int n = 2; n < kCodes; n *= 2) {
+      for (int begin = 0; begin < kCodes; begin += 2 * n) {
+        for (int i = begin; i < begin + n; ++i) exchange(levels[i], levels[i + n]);
+        for (int d = n / 2; d >= 1; d /= 2) {
+          for (int i = begin + d; i + d < begin + 2 * n; ++i) {
+            if ((i - begin) / d % 2 == 1) exchange(levels[i], levels[i + d]);
           }
         }
       }
@@ -250,42 +233,42 @@ void sorted_levels(const Parameters<kBits>& p, Doubles (&levels)[1 << kBits]) {
   }
 }
 
-inline int code_of(double level) { return static_cast<int>(std::bit_cast<uint64_t>(level) & 15); }
-
 template <int kBits>
-void select(const SortedGroups& groups, const Parameters<kBits>& p, Cells<kBits>& cells) {
+void select_patterns(const SortedGroups& groups, const Parameters<kBits>& p, Cells<kBits>& cells) {
   constexpr int kCodes = 1 << kBits;
   Doubles levels[kCodes];
   sorted_levels<kBits>(p, levels);
-  Doubles mass_below{};
-  Doubles moment_below{};
-  for (int l = 0; l < kLanes; ++l) cells.error[l] = groups.square[l];
+  Floats thresholds[kCodes];
+  for (int c = 0; c + 1 < kCodes; ++c) thresholds[c] = convert<float>(0.5 * (levels[c] + levels[c + 1]));
+  Ints borders[kCodes];
+  constexpr int kAtOnce = 4;
+  for (int c = 0; c + kAtOnce < kCodes; c += kAtOnce) upper_bounds<kAtOnce>(groups, thresholds + c, borders + c);
+  constexpr int kRest = (kCodes - 1) % kAtOnce;
+  upper_bounds<kRest>(groups, thresholds + kCodes - 1 - kRest, borders + kCodes - 1 - kRest);
+  borders[kCodes - 1] = groups.ends;
+
+  Doubles mass_below = 0.0;
+  Doubles moment_below = 0.0;
+  cells.error = groups.square;
   for (int c = 0; c < kCodes; ++c) {
-    Ints position;
-    if (c + 1 < kCodes) {
-      Floats threshold;
-      for (int l = 0; l < kLanes; ++l) threshold[l] = static_cast<float>(0.5 * (levels[c][l] + levels[c + 1][l]));
-      count_at_most(groups, threshold, position);
+    const Doubles mass_here =
+        groups.mass == nullptr ? convert<double>(borders[c] / kLanes) : gather(groups.mass, borders[c]);
+    const Doubles moment_here = gather(groups.moment, borders[c]);
+    const Doubles mass = mass_here - mass_below;
+    const Doubles moment = moment_here - moment_below;
+    const Doubles residual = moment - mass * levels[c];
+    cells.error -= levels[c] * (moment + residual);
+    mass_below = mass_here;
+    moment_below = moment_here;
+    if constexpr (kBits >= 3) {
+      for (int l = 0; l < kLanes; ++l) {
+        const uint64_t code = std::bit_cast<uint64_t>(levels[c][l]) & 15;
+        cells.mass[code].set(l, mass[l]);
+        cells.residual[code].set(l, residual[l]);
+      }
     } else {
-      position = groups.counts;
-    }
-    Doubles mass;
-    Doubles residual;
-    for (int l = 0; l < kLanes; ++l) {
-      const int64_t at = static_cast<int64_t>(position[l]) * kLanes + l;
-      const double mass_here = groups.mass != nullptr ? groups.mass[at] : static_cast<double>(position[l]);
-      const double moment_here = groups.moment[at];
-      mass[l] = mass_here - mass_below[l];
-      const double moment = moment_here - moment_below[l];
-      residual[l] = moment - mass[l] * levels[c][l];
-      cells.error[l] -= levels[c][l] * (moment + residual[l]);
-      mass_below[l] = mass_here;
-      moment_below[l] = moment_here;
-    }
-    for (int l = 0; l < kLanes; ++l) {
-      const int code = code_of(levels[c][l]);
-      cells.mass[code][l] = mass[l];
-      cells.residual[code][l] = residual[l];
+      cells.mass[c] = mass;
+      cells.residual[c] = residual;
     }
   }
 }
@@ -293,15 +276,19 @@ void select(const SortedGroups& groups, const Parameters<kBits>& p, Cells<kBits>
 // ---- Linear reconstruction ---------------------------------------------------------------------------------------
 
 /// x rounded to fp16 and limited to its range.
-inline double to_half(double x) {
+double to_half(double x) {
   const double limited = x > kHalfMax ? kHalfMax : (x < -kHalfMax ? -kHalfMax : x);
-  int64_t exponent = static_cast<int64_t>(std::bit_cast<uint64_t>(limited) >> 52 & 2047) - 1023;
+  int exponent = static_cast<int>(std::bit_cast<uint64_t>(limited) >> 52 & 2047) - 1023;
   exponent = exponent < -14 ? -14 : exponent;
   const double quantum = std::bit_cast<double>(static_cast<uint64_t>(exponent - 10 + 1023) << 52);
-  return std::nearbyint(limited / quantum) * quantum;
+  return __builtin_nearbyint(limited / quantum) * quantum;
 }
 
-enum class Storage { kExact, kHalf };
+Doubles to_half(const Doubles& x) {
+  Doubles result;
+  for (int l = 0; l < kLanes; ++l) result.set(l, to_half(x[l]));
+  return result;
+}
 
 /// Bits that a code must have for parameter i to be part of its level: those of plane i, or none for the zero.
 template <int kBits>
@@ -309,31 +296,30 @@ constexpr int pattern(int i) {
   return i < kBits ? 1 << i : 0;
 }
 
-/// Moves p towards the least-squares parameters of the partition, `pace` times the whole way, staying where the cells
-/// leave it undetermined. With Storage::kHalf each parameter is rounded as soon as it is known, the zero first and the
-/// scales from the largest down, and those still free make up for the rounding. Returns in `gain` how much E falls at
-/// pace 1.
-template <int kBits, Storage kStorage>
-void reconstruct(const SortedGroups& groups, const Cells<kBits>& cells, double pace, Parameters<kBits>& p,
-                 Doubles& gain) {
+/// Sum over the codes that have all bits of `mask`.
+template <int kBits>
+Doubles sum_with(const Doubles (&of_code)[1 << kBits], int mask) {
+  Doubles sum = 0.0;
+  for (int c = 0; c < (1 << kBits); ++c) {
+    if ((c & mask) == mask) sum += of_code[c];
+  }
+  return sum;
+}
+
+enum class Precision { kFull, kHalf };
+
+/// Moves p to the least-squares parameters of the partition, staying where the cells leave them undetermined. With
+/// Precision::kHalf each parameter is rounded as soon as it is known, the zero first and the scales from the largest
+/// down, so that those still free make up for the rounding. Returns by how much E falls, at full precision.
+template <int kBits, Precision kPrecision>
+Doubles reconstruct(const SortedGroups& groups, const Cells<kBits>& cells, Parameters<kBits>& p) {
   constexpr int kSize = kBits + 1;
   Doubles normal[kSize][kSize];  // lower triangle
   Doubles right[kSize];
   for (int i = 0; i < kSize; ++i) {
-    for (int j = 0; j <= i; ++j) {
-      const int both = pattern<kBits>(i) | pattern<kBits>(j);
-      normal[i][j] = Doubles{};
-      for (int c = 0; c < (1 << kBits); ++c) {
-        if ((c & both) != both) continue;
-        for (int l = 0; l < kLanes; ++l) normal[i][j][l] += cells.mass[c][l];
-      }
-    }
-    for (int l = 0; l < kLanes; ++l) normal[i][i][l] += kProximity * groups.total[l];
-    right[i] = Doubles{};
-    for (int c = 0; c < (1 << kBits); ++c) {
-      if ((c & pattern<kBits>(i)) != pattern<kBits>(i)) continue;
-      for (int l = 0; l < kLanes; ++l) right[i][l] += cells.residual[c][l];
-    }
+    for (int j = 0; j <= i; ++j) normal[i][j] = sum_with<kBits>(cells.mass, pattern<kBits>(i) | pattern<kBits>(j));
+    normal[i][i] += kProximity * groups.total;
+    right[i] = sum_with<kBits>(cells.residual, pattern<kBits>(i));
   }
 
   // normal = L D L^T, L in place of the strict lower triangle; step runs through L^-1 right alongside.
@@ -342,51 +328,38 @@ void reconstruct(const SortedGroups& groups, const Cells<kBits>& cells, double p
   for (int i = 0; i < kSize; ++i) step[i] = right[i];
   for (int j = 0; j < kSize; ++j) {
     Doubles column[kSize];
-    for (int l = 0; l < kLanes; ++l) inverse[j][l] = 1.0 / normal[j][j][l];
+    inverse[j] = 1.0 / normal[j][j];
     for (int i = j + 1; i < kSize; ++i) {
       column[i] = normal[i][j];
-      for (int l = 0; l < kLanes; ++l) normal[i][j][l] = column[i][l] * inverse[j][l];
-      for (int k = j + 1; k <= i; ++k) {
-        for (int l = 0; l < kLanes; ++l) normal[i][k][l] -= normal[i][j][l] * column[k][l];
-      }
-      for (int l = 0; l < kLanes; ++l) step[i][l] -= normal[i][j][l] * step[j][l];
+      normal[i][j] *= inverse[j];
+      for (int k = j + 1; k <= i; ++k) normal[i][k] -= normal[i][j] * column[k];
+      step[i] -= normal[i][j] * step[j];
     }
   }
+  Doubles gain = 0.0;
   for (int i = kSize - 1; i >= 0; --i) {
-    for (int l = 0; l < kLanes; ++l) step[i][l] *= inverse[i][l];
-    for (int k = i + 1; k < kSize; ++k) {
-      for (int l = 0; l < kLanes; ++l) step[i][l] -= normal[k][i][l] * step[k][l];
+    step[i] *= inverse[i];
+    for (int k = i + 1; k < kSize; ++k) step[i] -= normal[k][i] * step[k];
+    Doubles moved = p[i] + step[i];
+    if constexpr (kPrecision == Precision::kHalf) {
+      moved = to_half(i < kBits ? max(moved, Doubles(0.0)) : moved);
+      step[i] = moved - p[i];
     }
-    if constexpr (kStorage == Storage::kHalf) {
-      for (int l = 0; l < kLanes; ++l) {
-        const double moved = p[i][l] + step[i][l];
-        step[i][l] = to_half(i < kBits && moved < 0.0 ? 0.0 : moved) - p[i][l];
-      }
-    }
+    gain += right[i] * step[i];
+    p[i] = moved;
   }
-  for (int l = 0; l < kLanes; ++l) gain[l] = 0.0;
-  for (int i = 0; i < kSize; ++i) {
-    for (int l = 0; l < kLanes; ++l) gain[l] += right[i][l] * step[i][l];
-    for (int l = 0; l < kLanes; ++l) p[i][l] += pace * step[i][l];
-  }
+  return gain;
 }
 
 /// Canonical form: scales >= 0 and ascending.
 template <int kBits>
 void canonicalize(Parameters<kBits>& p) {
   for (int i = 0; i < kBits; ++i) {
-    for (int l = 0; l < kLanes; ++l) p[kBits][l] += p[i][l] < 0.0 ? p[i][l] : 0.0;
-    for (int l = 0; l < kLanes; ++l) p[i][l] = std::fabs(p[i][l]);
+    p.zero() += min(p[i], Doubles(0.0));
+    p[i] = max(p[i], 0.0 - p[i]);
   }
   for (int end = kBits - 1; end > 0; --end) {
-    for (int i = 0; i < end; ++i) {
-      for (int l = 0; l < kLanes; ++l) {
-        const double low = p[i][l] < p[i + 1][l] ? p[i][l] : p[i + 1][l];
-        const double high = p[i][l] < p[i + 1][l] ? p[i + 1][l] : p[i][l];
-        p[i][l] = low;
-        p[i + 1][l] = high;
-      }
-    }
+    for (int i = 0; i < end; ++i) exchange(p[i], p[i + 1]);
   }
 }
 
@@ -396,153 +369,129 @@ void canonicalize(Parameters<kBits>& p) {
 template <int kBits>
 struct Best {
   Parameters<kBits> p;
-  Doubles error;
-
-  Best() {
-    for (int l = 0; l < kLanes; ++l) error[l] = std::numeric_limits<double>::infinity();
-  }
+  Doubles error = std::numeric_limits<double>::infinity();
 
   void offer(const Parameters<kBits>& candidate, const Doubles& candidate_error) {
-    Lanes<bool> better;
-    for (int l = 0; l < kLanes; ++l) better[l] = candidate_error[l] < error[l];
-    for (int l = 0; l < kLanes; ++l) error[l] = better[l] ? candidate_error[l] : error[l];
-    for (int i = 0; i <= kBits; ++i) {
-      for (int l = 0; l < kLanes; ++l) p[i][l] = better[l] ? candidate[i][l] : p[i][l];
-    }
+    const Masks better = candidate_error < error;
+    error = select(better, candidate_error, error);
+    for (int i = 0; i <= kBits; ++i) p[i] = select(better, candidate[i], p[i]);
   }
 };
 
-/// Alternating optimization from p, offering what each round finds.
+/// Alternating optimization from p, in steps `pace` times as long as least squares asks for. Offers what each round
+/// finds.
 template <int kBits>
-void alternate(const SortedGroups& groups, int rounds, double pace, Parameters<kBits>& p, Best<kBits>& best) {
+void alternate(const SortedGroups& groups, Parameters<kBits> p, int rounds, double pace, Best<kBits>& best) {
   Cells<kBits> cells;
-  Doubles gain;
   for (int round = 0; round < rounds; ++round) {
-    select<kBits>(groups, p, cells);
-    Parameters<kBits> reached;
-    for (int i = 0; i <= kBits; ++i) reached[i] = p[i];
-    reconstruct<kBits, Storage::kExact>(groups, cells, 1.0, reached, gain);
+    canonicalize<kBits>(p);
+    select_patterns<kBits>(groups, p, cells);
+    Parameters<kBits> reached = p;
+    const Doubles gain = reconstruct<kBits, Precision::kFull>(groups, cells, reached);
     // With these cells E falls by the gain; with the best cells for the new parameters, by no less.
-    for (int l = 0; l < kLanes; ++l) gain[l] = cells.error[l] - gain[l];
-    best.offer(reached, gain);
-    for (int i = 0; i <= kBits; ++i) {
-      for (int l = 0; l < kLanes; ++l) p[i][l] += pace * (reached[i][l] - p[i][l]);
-    }
+    best.offer(reached, cells.error - gain);
+    for (int i = 0; i <= kBits; ++i) p[i] += pace * (reached[i] - p[i]);
   }
 }
 
 template <int kBits>
-void uniform_grid(const SortedGroups& groups, double low_ratio, double high_ratio, Parameters<kBits>& p) {
-  for (int l = 0; l < kLanes; ++l) {
-    const double a = low_ratio * groups.low[l];
-    const double b = high_ratio * groups.high[l];
-    // A ratio below 1 can bring the ends of a one-signed group past each other.
-    const double low = a < b ? a : b;
-    const double high = a < b ? b : a;
-    const double step = (high - low) / ((1 << kBits) - 1);
-    for (int i = 0; i < kBits; ++i) p[i][l] = step * (1 << i);
-    p[kBits][l] = low;
-  }
+Parameters<kBits> uniform_grid(const SortedGroups& groups, double low_ratio, double high_ratio) {
+  // A ratio below 1 can bring the ends of a one-signed group past each other.
+  const Doubles low = min(low_ratio * groups.low, high_ratio * groups.high);
+  const Doubles high = max(low_ratio * groups.low, high_ratio * groups.high);
+  const Doubles step = (high - low) / static_cast<double>((1 << kBits) - 1);
+  Parameters<kBits> p;
+  for (int i = 0; i < kBits; ++i) p[i] = step * static_cast<double>(1 << i);
+  p.zero() = low;
+  return p;
 }
 
 template <int kBits>
 void best_clipped(const SortedGroups& groups, Best<kBits>& best) {
-  Parameters<kBits> p;
   Cells<kBits> cells;
   for (int i = 0; i < kClipRatios; ++i) {
     for (int j = 0; j < kClipRatios; ++j) {
-      uniform_grid<kBits>(groups, clip_ratio(i), clip_ratio(j), p);
-      select<kBits>(groups, p, cells);
+      const Parameters<kBits> p = uniform_grid<kBits>(groups, clip_ratio(i), clip_ratio(j));
+      select_patterns<kBits>(groups, p, cells);
       best.offer(p, cells.error);
     }
   }
 }
 
+/// Starts of fixed shapes, then kicks: the best parameters so far, disturbed, are the next start.
 template <int kBits>
 void search_hlq(const SortedGroups& groups, Best<kBits>& best) {
-  Parameters<kBits> p;
-  Doubles mean;
-  Doubles deviation;
-  for (int l = 0; l < kLanes; ++l) {
-    mean[l] = groups.moment[groups.counts[l] * kLanes + l] / groups.total[l];
-    const double variance = groups.square[l] / groups.total[l] - mean[l] * mean[l];
-    deviation[l] = std::sqrt(variance > 0.0 ? variance : 0.0);
+  constexpr const SearchPlan& plan = kSearchPlans[kBits - 1];
+  for (const double clip : kStartClips) {
+    alternate<kBits>(groups, uniform_grid<kBits>(groups, clip, clip), kStartRounds, kPace, best);
   }
-  const SearchPlan& plan = kSearchPlans[kBits - 1];
-  for (int s = 0; s < plan.clip_starts; ++s) {
-    uniform_grid<kBits>(groups, plan.clips[s], plan.clips[s], p);
-    alternate<kBits>(groups, plan.start_rounds, plan.pace, p, best);
-  }
-  for (int s = 0; s < plan.shape_starts; ++s) {
-    for (int l = 0; l < kLanes; ++l) p[kBits][l] = mean[l];
+  const Doubles mean = gather(groups.moment, groups.ends) / groups.total;
+  const Doubles deviation = sqrt(max(groups.square / groups.total - mean * mean, Doubles(0.0)));
+  for (int shape = 0; shape < plan.shape_count; ++shape) {
+    Parameters<kBits> p;
+    p.zero() = mean;
     for (int i = 0; i < kBits; ++i) {
-      for (int l = 0; l < kLanes; ++l) p[i][l] = plan.shapes[s][i] * deviation[l];
-      for (int l = 0; l < kLanes; ++l) p[kBits][l] -= 0.5 * p[i][l];
+      p[i] = plan.shapes[shape][i] * deviation;
+      p.zero() -= 0.5 * p[i];
     }
-    alternate<kBits>(groups, plan.start_rounds, plan.pace, p, best);
+    alternate<kBits>(groups, p, kStartRounds, kPace, best);
   }
   for (int kick = 0; kick < plan.kicks; ++kick) {
-    // Scales change by up to `kick_size`; the middle of the levels moves by up to a fraction of their span.
-    Doubles span{};
-    p[kBits] = best.p[kBits];
+    Parameters<kBits> p = best.p;
+    Doubles span = 0.0;
     for (int i = 0; i < kBits; ++i) {
-      const double change = plan.kick_size * kick_direction(kick, i);
-      for (int l = 0; l < kLanes; ++l) p[i][l] = best.p[i][l] * (1.0 + change);
-      for (int l = 0; l < kLanes; ++l) p[kBits][l] -= 0.5 * change * best.p[i][l];
-      for (int l = 0; l < kLanes; ++l) span[l] += best.p[i][l];
+      const Doubles change = kKickSize * kick_direction(kick, i) * best.p[i];
+      p[i] += change;
+      p.zero() -= 0.5 * change;  // the middle of the levels stays
+      span += best.p[i];
     }
-    const double shift = plan.kick_shift * kick_direction(kick, kBits);
-    for (int l = 0; l < kLanes; ++l) p[kBits][l] += shift * span[l];
-    alternate<kBits>(groups, plan.kick_rounds, plan.pace, p, best);
+    p.zero() += plan.kick_shift * kick_direction(kick, kBits) * span;
+    alternate<kBits>(groups, p, plan.kick_rounds, kPace, best);
   }
-  for (int i = 0; i <= kBits; ++i) p[i] = best.p[i];
-  alternate<kBits>(groups, plan.final_rounds, 1.0, p, best);
+  alternate<kBits>(groups, best.p, kFinalRounds, 1.0, best);
 }
 
 // ---- Storage -----------------------------------------------------------------------------------------------------
 
-/// Rounds a uniform grid and keeps it uniform.
+/// Rounds a uniform grid to fp16 and keeps it uniform.
 template <int kBits>
 void store_uniform(Parameters<kBits>& p) {
   constexpr double kTop = 1 << (kBits - 1);
-  for (int l = 0; l < kLanes; ++l) {
-    const double step = to_half(p[0][l] < kHalfMax / kTop ? p[0][l] : kHalfMax / kTop);
-    for (int i = 0; i < kBits; ++i) p[i][l] = step * (1 << i);
-    p[kBits][l] = to_half(p[kBits][l]);
-  }
+  const Doubles step = to_half(min(p[0], Doubles(kHalfMax / kTop)));
+  for (int i = 0; i < kBits; ++i) p[i] = step * static_cast<double>(1 << i);
+  p.zero() = to_half(p.zero());
 }
 
-/// Rounds p to fp16, looking for the parameters that lose least by it.
+/// Rounds p to fp16, so that least is lost.
 template <int kBits>
 void store(const SortedGroups& groups, Parameters<kBits>& p) {
   Best<kBits> best;
   Cells<kBits> cells;
-  Doubles gain;
-  canonicalize<kBits>(p);
-  for (int attempt = 0; attempt < kStoreRounds; ++attempt) {
-    select<kBits>(groups, p, cells);
-    if (attempt > 0) best.offer(p, cells.error);
-    reconstruct<kBits, Storage::kHalf>(groups, cells, 1.0, p, gain);
+  for (int round = 0; round < kStoreRounds; ++round) {
+    canonicalize<kBits>(p);
+    select_patterns<kBits>(groups, p, cells);
+    reconstruct<kBits, Precision::kHalf>(groups, cells, p);
+    canonicalize<kBits>(p);
+    select_patterns<kBits>(groups, p, cells);
+    best.offer(p, cells.error);
   }
-  select<kBits>(groups, p, cells);
-  best.offer(p, cells.error);
-  for (int i = 0; i <= kBits; ++i) p[i] = best.p[i];
-  canonicalize<kBits>(p);
+  p = best.p;
 }
 
-/// The largest float at or below x, so that for a float w: w > result exactly when w > x.
+/// The largest float at or below x: a float exceeds it exactly when it exceeds x.
 float round_down(double x) {
   const auto nearest = static_cast<float>(x);
-  return static_cast<double>(nearest) > x ? std::nextafterf(nearest, -std::numeric_limits<float>::infinity()) : nearest;
+  return static_cast<double>(nearest) > x ? __builtin_nextafterf(nearest, -std::numeric_limits<float>::infinity())
+                                          : nearest;
 }
 
-/// Codes of the nearest stored levels, of two equally near ones the lower level's.
+/// Codes of the nearest stored levels; of two equally near ones, the lower level's.
 template <int kBits>
 void write_codes(const GroupBatch& batch, const Parameters<kBits>& p, int lane) {
   constexpr int kCodes = 1 << kBits;
   double levels[kCodes];
   int order[kCodes];
-  levels[0] = p[kBits][lane];
+  levels[0] = p.zero()[lane];
   for (int plane = 0; plane < kBits; ++plane) {
     for (int c = 0; c < (1 << plane); ++c) levels[(1 << plane) + c] = levels[c] + p[plane][lane];
   }
@@ -551,20 +500,19 @@ void write_codes(const GroupBatch& batch, const Parameters<kBits>& p, int lane) 
     for (; at > 0 && levels[order[at - 1]] > levels[c]; --at) order[at] = order[at - 1];
     order[at] = c;
   }
-  // A weight past a threshold changes from one level's code to the next one's.
+  // Past each threshold the code changes from one level's to the next one's.
   float threshold[kCodes - 1];
-  uint8_t change[kCodes - 1];
+  int32_t change[kCodes - 1];
   for (int j = 0; j + 1 < kCodes; ++j) {
     threshold[j] = round_down((levels[order[j]] + levels[order[j + 1]]) / 2);
-    change[j] = static_cast<uint8_t>(order[j] ^ order[j + 1]);
+    change[j] = order[j] ^ order[j + 1];
   }
   const float* values = batch.values + lane * batch.stride;
   uint8_t* codes = batch.codes + lane * batch.stride;
-  const auto lowest = static_cast<uint8_t>(order[0]);
   for (int64_t k = 0; k < batch.counts[lane]; ++k) {
-    uint8_t code = lowest;
-    for (int j = 0; j + 1 < kCodes; ++j) code ^= values[k] > threshold[j] ? change[j] : uint8_t{0};
-    codes[k] = code;
+    int32_t code = order[0];
+    for (int j = 0; j + 1 < kCodes; ++j) code ^= values[k] > threshold[j] ? change[j] : 0;
+    codes[k] = static_cast<uint8_t>(code);
   }
 }
 
@@ -573,31 +521,26 @@ void search_bits(GroupBatch& batch) {
   const SortedGroups groups = sort_groups(batch);
   Best<kBits> best;
   Parameters<kBits> p;
-  switch (batch.method) {
-    case FitMethod::kRtn:
-      uniform_grid<kBits>(groups, 1.0, 1.0, p);
-      store_uniform<kBits>(p);
-      break;
-    case FitMethod::kUniform:
-      best_clipped<kBits>(groups, best);
-      for (int i = 0; i <= kBits; ++i) p[i] = best.p[i];
-      store_uniform<kBits>(p);
-      break;
-    case FitMethod::kAo:
-      uniform_grid<kBits>(groups, 1.0, 1.0, p);
-      alternate<kBits>(groups, kAoRounds, 1.0, p, best);
-      store<kBits>(groups, p);
-      break;
-    case FitMethod::kHlq:
+  if (batch.method == FitMethod::kRtn) {
+    p = uniform_grid<kBits>(groups, 1.0, 1.0);
+    store_uniform<kBits>(p);
+  } else if (batch.method == FitMethod::kUniform) {
+    best_clipped<kBits>(groups, best);
+    p = best.p;
+    store_uniform<kBits>(p);
+  } else {
+    if (batch.method == FitMethod::kAo) {
+      alternate<kBits>(groups, uniform_grid<kBits>(groups, 1.0, 1.0), kAoRounds, 1.0, best);
+    } else {
       search_hlq<kBits>(groups, best);
-      for (int i = 0; i <= kBits; ++i) p[i] = best.p[i];
-      store<kBits>(groups, p);
-      break;
+    }
+    p = best.p;
+    store<kBits>(groups, p);
   }
   for (int l = 0; l < batch.lanes; ++l) {
     write_codes<kBits>(batch, p, l);
     for (int i = 0; i < kBits; ++i) batch.scales[l][i] = static_cast<float>(p[i][l]);
-    batch.zeros[l] = static_cast<float>(p[kBits][l]);
+    batch.zeros[l] = static_cast<float>(p.zero()[l]);
   }
 }
 

@@ -1,5 +1,9 @@
 #pragma once
 
+/// The constants of the search, the same as in src/elutq/hlq.py; docs/lab.md says how they were found.
+
+#include <cstdint>
+
 namespace elutq {
 
 constexpr double kHalfMax = 65504.0;
@@ -7,44 +11,43 @@ constexpr double kHalfMax = 65504.0;
 /// cells leave undetermined, such as the scale of a plane that no weight uses.
 constexpr double kProximity = 1e-7;
 constexpr int kAoRounds = 10;
-constexpr int kStoreRounds = 2;
+constexpr int kStoreRounds = 3;
 
 /// The uniform baseline tries every pair of these fractions of a group's minimum and maximum.
 constexpr int kClipRatios = 15;
 constexpr double clip_ratio(int i) { return 1.0 - 0.05 * i; }
 
+/// How long a step is, in steps of least squares. The full step minimizes E for the present cells only; twice that far
+/// E is back where it was, but the borders have moved on, and rounds are saved.
+constexpr double kPace = 2.0;
+constexpr int kStartRounds = 4;
+constexpr int kFinalRounds = 2;
+constexpr double kStartClips[] = {0.9, 0.5};
+/// Most that a kick changes a scale by, relative to it.
+constexpr double kKickSize = 0.4;
+
 struct SearchPlan {
-  int clip_starts;
-  double clips[4];
-  int shape_starts;
-  double shapes[6][4];
-  int start_rounds;
+  int shape_count;
+  double shapes[2][4];  ///< scales of further starts around the mean, in standard deviations
   int kicks;
   int kick_rounds;
-  int final_rounds;
-  double kick_size;
-  double kick_shift;
-  double pace;
+  double kick_shift;  ///< most that a kick moves the zero by, relative to the sum of scales
 };
 
-#ifndef TUNE
-constexpr SearchPlan kSearchPlans[4] = {
-    {3, {1.0, 0.7, 0.45}, 0, {}, 5, 6, 3, 3, 0.3, 0.1, 1.5},
-    {2, {0.9, 0.45}, 2, {{1.04, 2.0}, {2.27, 3.25}}, 4, 12, 3, 3, 0.3, 0.1, 1.5},
-    {2, {0.9, 0.5}, 2, {{0.86, 1.51, 1.97}, {1.5, 2.26, 2.99}}, 5, 24, 3, 4, 0.3, 0.1, 1.5},
-    {2, {0.9, 0.5}, 2, {{0.54, 1.03, 1.32, 2.07}, {1.61, 1.96, 2.35, 2.98}}, 5, 24, 3, 4, 0.3, 0.1, 1.5},
+constexpr SearchPlan kSearchPlans[] = {
+    {1, {{1.6}}, 8, 3, 0.2},
+    {1, {{1.04, 2.0}}, 8, 4, 0.15},
+    {2, {{0.86, 1.51, 1.97}, {1.5, 2.26, 2.99}}, 16, 6, 0.1},
+    {2, {{0.54, 1.03, 1.32, 2.07}, {1.61, 1.96, 2.35, 2.98}}, 24, 6, 0.03},
 };
-#else
-extern SearchPlan kSearchPlans[4];
-#endif
 
-/// Direction of parameter i in the given kick, in -1..1: the additive recurrence of the plastic-number family (Roberts,
-/// "The unreasonable effectiveness of quasirandom sequences"), which fills the cube evenly.
+/// Direction of parameter i in a kick, in [-1, 1): an additive recurrence that fills the cube evenly (Roberts 2018,
+/// "The unreasonable effectiveness of quasirandom sequences": powers of the root of x^6 = x + 1).
 constexpr double kick_direction(int kick, int i) {
-  constexpr double kAlpha[5] = {0.8566748838545029, 0.733891856627126, 0.6287067210378087, 0.5385972572236101,
-                                0.4614034006771627};
-  const double x = 0.5 + (kick + 1) * kAlpha[i];
-  return 2.0 * (x - static_cast<double>(static_cast<int>(x))) - 1.0;
+  constexpr double kSteps[] = {0.8812714616335696, 0.7766393890897683, 0.6844301295853427, 0.6031687406857283,
+                               0.5315553977157914};
+  const double x = 0.5 + (kick + 1) * kSteps[i];
+  return 2.0 * (x - static_cast<double>(static_cast<int64_t>(x))) - 1.0;
 }
 
 }  // namespace elutq

@@ -23,7 +23,6 @@ after rounding to fp16.
 """
 
 import os
-from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,16 +41,34 @@ BACKENDS = ("core", "numpy")
 
 HALF_MAX = 65504.0
 #: The uniform baseline tries every pair of these fractions of a group's minimum and maximum.
-CLIP_RATIOS = np.linspace(0.3, 1.0, 15)
-START_RATIOS = (1.0, 0.8, 0.6, 0.45)
+CLIP_RATIOS = tuple(1.0 - 0.05 * i for i in range(15))
 AO_ROUNDS = 10
-HLQ_ROUNDS = 15
-ADAM_STEPS = 200
-ADAM_RATE = 0.01
-#: Weight of the previous (s, z) in a reconstruction, relative to the group's importance: it decides only
-#: what the patterns leave undetermined, such as the scale of a plane that no weight uses.
+ADAM_STEPS = 300
+ADAM_RATE = 0.02
+#: Weight of the previous (s, z) in a reconstruction, relative to the group's importance: it decides only what
+#: the patterns leave undetermined, such as the scale of a plane that no weight uses.
 PROXIMITY = 1e-7
-_CHUNK = 1 << 20  # weights that the NumPy backend works on at once
+STORE_ROUNDS = 3
+
+# The plan of method="hlq", the same as in cpp/solver/search_plan.h; docs/lab.md says how it was found.
+#: Length of a step, in steps of least squares. The full step minimizes E for the present patterns only; twice
+#: that far E is back where it was, but the patterns have moved on, and rounds are saved.
+PACE = 2.0
+START_ROUNDS = 4
+FINAL_ROUNDS = 2
+START_CLIPS = (0.9, 0.5)
+#: Scales of further starts around the mean, in standard deviations, by bits.
+START_SHAPES: tuple[tuple[tuple[float, ...], ...], ...] = (
+    ((1.6,),),
+    ((1.04, 2.0),),
+    ((0.86, 1.51, 1.97), (1.5, 2.26, 2.99)),
+    ((0.54, 1.03, 1.32, 2.07), (1.61, 1.96, 2.35, 2.98)),
+)
+KICKS = (8, 8, 16, 24)  #: by bits, like the next two
+KICK_ROUNDS = (3, 4, 6, 6)
+KICK_SHIFT = (0.2, 0.15, 0.1, 0.03)  #: most that a kick moves the zero by, relative to the sum of scales
+KICK_SIZE = 0.4  #: most that a kick changes a scale by, relative to it
+_CHUNK = 1 << 18  # weights that the NumPy backend works on at once
 
 
 def fit(
@@ -250,20 +267,33 @@ def _fit_numpy(
 def _solve(x: Floats, a: Floats, bits: int, method: str) -> tuple[Floats, Floats]:
     """The parameters to store, float64 but fp16-representable: scales [groups, bits] and zeros [groups]."""
     if method == "rtn":
-        return _store_uniform(*_min_max(x, bits))
+        return _store_uniform(*_uniform_grid(x, bits))
     if method == "uniform":
         return _store_uniform(*_best_clipped(x, a, bits))
+    best = _Best(x, a)
     if method == "ao":
-        return _store(x, a, *_alternate(x, a, *_min_max(x, bits), AO_ROUNDS))
-    if method == "adam":
-        return _store(x, a, *_adam(x, a, *_min_max(x, bits)))
-    return _store(x, a, *_best(x, a, (_alternate(x, a, s, z, HLQ_ROUNDS) for s, z in _starts(x, a, bits))))
+        _alternate(best, *_uniform_grid(x, bits), AO_ROUNDS)
+    elif method == "adam":
+        _adam(best, *_uniform_grid(x, bits))
+    else:
+        _search(best, bits)
+    return _store(x, a, best.s, best.z)
 
 
-def _starts(x: Floats, a: Floats, bits: int) -> Iterable[tuple[Floats, Floats]]:
-    yield _best_clipped(x, a, bits)
-    for ratio in START_RATIOS:
-        yield _min_max(x, bits, ratio, ratio)
+class _Best:
+    """The least E seen of each group and the (s, z) it came with; the earlier one on a tie."""
+
+    def __init__(self, x: Floats, a: Floats) -> None:
+        self.x, self.a = x, a
+        self.s, self.z = np.zeros((len(x), 0)), np.zeros(len(x))
+        self.error = np.full(len(x), np.inf)
+
+    def offer(self, s: Floats, z: Floats, codes: NDArray[np.uint8]) -> None:
+        error = (self.a * (self.x - _levels_of(codes, s, z)) ** 2).sum(1)
+        better = error < self.error
+        if not self.s.size:
+            self.s = s.copy()
+        self.s[better], self.z[better], self.error[better] = s[better], z[better], error[better]
 
 
 def _patterns(bits: int) -> Floats:
@@ -271,93 +301,134 @@ def _patterns(bits: int) -> Floats:
     return (np.arange(2**bits)[:, None] >> np.arange(bits) & 1).astype(np.float64)
 
 
+def _levels_of(codes: NDArray[np.uint8], s: Floats, z: Floats) -> Floats:
+    """What each code stands for, z + sum_p s_p b_p, [groups, columns]."""
+    levels = z[:, None] + s @ _patterns(s.shape[1]).T
+    return np.take_along_axis(levels, codes.astype(np.intp), axis=1)
+
+
 def _select(x: Floats, s: Floats, z: Floats) -> NDArray[np.uint8]:
     """Bit-pattern selection: the code of the nearest level; of two equally near ones, the lower level's."""
     levels = z[:, None] + s @ _patterns(s.shape[1]).T
-    order = np.argsort(levels, axis=1, kind="stable")
-    levels = np.take_along_axis(levels, order, axis=1)
+    order = np.argsort(levels, axis=1, kind="stable").astype(np.uint8)
+    levels = np.sort(levels, axis=1)
     rank = np.zeros(x.shape, np.intp)
     for lower, upper in zip(levels.T[:-1], levels.T[1:], strict=True):
         rank += x > ((lower + upper) / 2)[:, None]
-    return np.take_along_axis(order, rank, axis=1).astype(np.uint8)
+    return np.take_along_axis(order, rank, axis=1)
 
 
 def _reconstruct(
-    x: Floats, a: Floats, codes: NDArray[np.uint8], s: Floats, z: Floats
+    x: Floats, a: Floats, codes: NDArray[np.uint8], s: Floats, z: Floats, half: bool = False
 ) -> tuple[Floats, Floats]:
-    """Linear reconstruction: argmin over (s, z) of E, staying at the previous (s, z) where E is flat."""
+    """Linear reconstruction: argmin over (s, z) of E, staying at the given (s, z) where E is flat.
+
+    With `half`, each parameter is rounded to fp16 as soon as it is known, the zero first and the scales from
+    the largest down, so that those still free make up for the rounding.
+    """
     q = s.shape[1]
     design = np.concatenate([_patterns(q)[codes], np.ones((*x.shape, 1))], axis=2)
-    weighted = design * a[:, :, None]
-    normal = weighted.transpose(0, 2, 1) @ design
-    normal += PROXIMITY * a.sum(1)[:, None, None] * np.eye(q + 1)
-    residual = x - z[:, None] - (design[:, :, :q] @ s[:, :, None])[:, :, 0]
-    step = np.linalg.solve(normal, weighted.transpose(0, 2, 1) @ residual[:, :, None])[:, :, 0]
-    return s + step[:, :q], z + step[:, q]
+    weighted = (design * a[:, :, None]).transpose(0, 2, 1)
+    normal = weighted @ design + PROXIMITY * a.sum(1)[:, None, None] * np.eye(q + 1)
+    right = weighted @ (x - _levels_of(codes, s, z))[:, :, None]
+    if not half:
+        step = np.linalg.solve(normal, right)[:, :, 0]
+        return s + step[:, :q], z + step[:, q]
+    parameters = np.concatenate([s, z[:, None]], axis=1)
+    for i in range(q, -1, -1):
+        free = np.linalg.solve(normal[:, : i + 1, : i + 1], right[:, : i + 1])[:, i, 0]
+        moved = parameters[:, i] + free
+        rounded = _to_half(moved if i == q else np.maximum(moved, 0))
+        right = right - normal[:, :, i : i + 1] * (rounded - parameters[:, i])[:, None, None]
+        parameters[:, i] = rounded
+    return parameters[:, :q], parameters[:, q]
 
 
-def _alternate(x: Floats, a: Floats, s: Floats, z: Floats, rounds: int) -> tuple[Floats, Floats]:
-    """Alternating optimization from the start (s, z)."""
+def _canonical(s: Floats, z: Floats) -> tuple[Floats, Floats]:
+    """The same levels with scales >= 0 and ascending."""
+    return np.sort(np.abs(s), axis=1), z + np.minimum(s, 0).sum(1)
+
+
+def _alternate(best: _Best, s: Floats, z: Floats, rounds: int, pace: float = 1.0) -> None:
+    """Alternating optimization from (s, z), in steps `pace` times as long as least squares asks for."""
     for _ in range(rounds):
-        s, z = _reconstruct(x, a, _select(x, s, z), s, z)
-    return s, z
+        s, z = _canonical(s, z)
+        codes = _select(best.x, s, z)
+        reached_s, reached_z = _reconstruct(best.x, best.a, codes, s, z)
+        best.offer(reached_s, reached_z, codes)
+        s, z = s + pace * (reached_s - s), z + pace * (reached_z - z)
 
 
-def _adam(x: Floats, a: Floats, s: Floats, z: Floats) -> tuple[Floats, Floats]:
+def _search(best: _Best, bits: int) -> None:
+    """Starts of fixed shapes, then kicks: the best parameters so far, disturbed, are the next start."""
+    x, a = best.x, best.a
+    for clip in START_CLIPS:
+        _alternate(best, *_uniform_grid(x, bits, clip, clip), START_ROUNDS, PACE)
+    mean = (a * x).sum(1) / a.sum(1)
+    deviation = np.sqrt(np.maximum((a * x * x).sum(1) / a.sum(1) - mean**2, 0))
+    for shape in START_SHAPES[bits - 1]:
+        s = deviation[:, None] * np.array(shape)
+        _alternate(best, s, mean - s.sum(1) / 2, START_ROUNDS, PACE)
+    for kick in range(KICKS[bits - 1]):
+        direction = _kick_direction(kick, bits)
+        change = KICK_SIZE * direction[:bits] * best.s
+        shift = KICK_SHIFT[bits - 1] * direction[bits] * best.s.sum(1)
+        _alternate(best, best.s + change, best.z - change.sum(1) / 2 + shift, KICK_ROUNDS[bits - 1], PACE)
+    _alternate(best, best.s, best.z, FINAL_ROUNDS)
+
+
+def _kick_direction(kick: int, bits: int) -> Floats:
+    """Directions in [-1, 1) of the scales and the zero, [bits + 1]; successive kicks fill the cube evenly.
+
+    An additive recurrence (Roberts 2018, "The unreasonable effectiveness of quasirandom sequences") with
+    powers of the root of x^6 = x + 1.
+    """
+    steps = (
+        0.8812714616335696,
+        0.7766393890897683,
+        0.6844301295853427,
+        0.6031687406857283,
+        0.5315553977157914,
+    )
+    return 2 * np.mod(0.5 + (kick + 1) * np.array(steps[: bits + 1]), 1) - 1
+
+
+def _adam(best: _Best, s: Floats, z: Floats) -> None:
     """The gradient variant: Adam on (s, z) in units of the group's range, patterns chosen anew each step."""
     q = s.shape[1]
-    unit = np.maximum(np.ptp(x, axis=1), np.finfo(np.float32).tiny)[:, None]
+    unit = np.maximum(np.ptp(best.x, axis=1), np.finfo(np.float32).tiny)[:, None]
     parameters = np.concatenate([s, z[:, None]], axis=1) / unit
     first, second = np.zeros_like(parameters), np.zeros_like(parameters)
-    y = x / unit
     for step in range(1, ADAM_STEPS + 1):
-        s, z = parameters[:, :q], parameters[:, q]
-        design = np.concatenate([_patterns(q)[_select(y, s, z)], np.ones((*x.shape, 1))], axis=2)
-        residual = (design @ parameters[:, :, None])[:, :, 0] - y
-        gradient = 2 * ((a * residual)[:, None, :] @ design)[:, 0] / a.sum(1)[:, None]
+        s, z = parameters[:, :q] * unit, parameters[:, q] * unit[:, 0]
+        codes = _select(best.x, s, z)
+        best.offer(s, z, codes)
+        design = np.concatenate([_patterns(q)[codes], np.ones((*best.x.shape, 1))], axis=2)
+        residual = best.a * (_levels_of(codes, s, z) - best.x) / unit
+        gradient = 2 * (residual[:, None, :] @ design)[:, 0] / best.a.sum(1)[:, None]
         first = 0.9 * first + 0.1 * gradient
         second = 0.999 * second + 0.001 * gradient**2
         rate = ADAM_RATE * (1 - step / (ADAM_STEPS + 1))
         parameters = parameters - rate * (first / (1 - 0.9**step)) / (
             np.sqrt(second / (1 - 0.999**step)) + 1e-8
         )
-    return parameters[:, :q] * unit, parameters[:, q] * unit[:, 0]
 
 
-def _error(x: Floats, a: Floats, s: Floats, z: Floats) -> Floats:
-    """E of each group, [groups], with the best patterns for (s, z)."""
-    levels = z[:, None] + s @ _patterns(s.shape[1]).T
-    return (a * (x - np.take_along_axis(levels, _select(x, s, z).astype(np.intp), axis=1)) ** 2).sum(1)
-
-
-def _best(x: Floats, a: Floats, candidates: Iterable[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
-    """Of several (s, z), the one of least E for each group; the earlier one on a tie."""
-    best_s = best_z = least = None
-    for s, z in candidates:
-        error = _error(x, a, s, z)
-        if least is None or best_s is None or best_z is None:
-            best_s, best_z, least = s.copy(), z.copy(), error
-        else:
-            better = error < least
-            best_s[better], best_z[better], least[better] = s[better], z[better], error[better]
-    assert best_s is not None
-    assert best_z is not None
-    return best_s, best_z
-
-
-def _min_max(x: Floats, bits: int, low_ratio: float = 1.0, high_ratio: float = 1.0) -> tuple[Floats, Floats]:
-    """The uniform grid from low_ratio * min to high_ratio * max."""
-    low, high = low_ratio * x.min(1), high_ratio * x.max(1)
-    swapped = low > high  # a ratio below 1 can bring the ends of a one-signed group past each other
-    low, high = np.where(swapped, high, low), np.where(swapped, low, high)
-    return ((high - low) / (2**bits - 1))[:, None] * 2.0 ** np.arange(bits), low
+def _uniform_grid(x: Floats, bits: int, low: float = 1.0, high: float = 1.0) -> tuple[Floats, Floats]:
+    """The uniform grid from low * min to high * max."""
+    ends = np.stack([low * x.min(1), high * x.max(1)])
+    z = ends.min(0)  # a ratio below 1 can bring the ends of a one-signed group past each other
+    return ((ends.max(0) - z) / (2**bits - 1))[:, None] * 2.0 ** np.arange(bits), z
 
 
 def _best_clipped(x: Floats, a: Floats, bits: int) -> tuple[Floats, Floats]:
     """The best uniform grid over all pairs of CLIP_RATIOS."""
-    return _best(
-        x, a, (_min_max(x, bits, low, high) for low in CLIP_RATIOS[::-1] for high in CLIP_RATIOS[::-1])
-    )
+    best = _Best(x, a)
+    for low in CLIP_RATIOS:
+        for high in CLIP_RATIOS:
+            s, z = _uniform_grid(x, bits, low, high)
+            best.offer(s, z, _select(x, s, z))
+    return best.s, best.z
 
 
 def _to_half(value: Floats) -> Floats:
@@ -372,6 +443,10 @@ def _store_uniform(s: Floats, z: Floats) -> tuple[Floats, Floats]:
 
 
 def _store(x: Floats, a: Floats, s: Floats, z: Floats) -> tuple[Floats, Floats]:
-    """Canonical form, rounded to fp16."""
-    z = z + np.minimum(s, 0).sum(1)
-    return _to_half(np.sort(np.abs(s), axis=1)), _to_half(z)
+    """Round to fp16 in canonical form, so that least is lost."""
+    best = _Best(x, a)
+    for _ in range(STORE_ROUNDS):
+        s, z = _canonical(s, z)
+        s, z = _canonical(*_reconstruct(x, a, _select(x, s, z), s, z, half=True))
+        best.offer(s, z, _select(x, s, z))
+    return best.s, best.z
