@@ -120,6 +120,8 @@ def quantize(
     started = time.monotonic()
     if method not in hlq.METHODS:
         raise InvalidArgumentError(f"method must be one of {', '.join(hlq.METHODS)}, not {method!r}")
+    if threads is not None and threads < 1:
+        raise InvalidArgumentError(f"threads must be at least 1, not {threads}")
     if type(shard_bytes) is not int or shard_bytes < 1:
         raise InvalidArgumentError(f"shard_bytes must be a positive integer, not {shard_bytes!r}")
     with Checkpoint.open(source) as checkpoint:
@@ -137,7 +139,7 @@ def quantize(
         )
         with writer:
             job = _Job(checkpoint, writer, method, threads, progress or (lambda done, total, name: None))
-            quantized_weights = job.run(parts)
+            weights = job.run(parts)
             errors = {part.name: SquaredError(**writer.done[part.name]) for part in parts if part.scheme}
             seconds = time.monotonic() - started
             config = {**checkpoint.config, "quantization_config": scheme.to_config()}
@@ -154,7 +156,7 @@ def quantize(
                 },
                 file_bytes=writer.file_bytes,
                 seconds=seconds,
-                weights_per_second=quantized_weights / seconds,
+                weights_per_second=weights / seconds,
                 summary=summarize(parts, found, errors),
             )
             card = _model_card(report)

@@ -255,6 +255,7 @@ def test_too_little_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1_000_000))
     with pytest.raises(errors.DiskSpaceError, match=r"needs 0\.02 GB, but there are 0\.00 GB left"):
         CheckpointWriter(tmp_path / "out", SPECS, "f")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])

@@ -186,6 +186,7 @@ def test_bad_values_are_named(
         {"bits": 2, "group_size": 48},
         {"bits": 2, "method": "gptq"},
         {"bits": 2, "shard_bytes": 0},
+        {"bits": 2, "threads": 0},
     ],
     ids=str,
 )

@@ -264,6 +264,13 @@ class CheckpointWriter:
         os.lseek(self._journal, 0, os.SEEK_SET)
         _write_all(self._journal, (json.dumps({"fingerprint": digest}) + "\n").encode())
         os.fsync(self._journal)
+        try:
+            self._allocate()
+        except BaseException:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            raise
+
+    def _allocate(self) -> None:
         needed = self.file_bytes + _SIDE_BYTES
         free = shutil.disk_usage(self._partial).free
         if free < needed:
@@ -305,10 +312,11 @@ class CheckpointWriter:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
+            kept = f" What is finished is kept in {self._partial}." if self.done else ""
             needed = _gigabytes(self.file_bytes + _SIDE_BYTES)
             raise DiskSpaceError(
-                f"the disk is full: {self.out} needs {needed} in all. What is finished is kept in "
-                f"{self._partial}; free some space and run the same command again"
+                f"the disk is full: {self.out} needs {needed} in all.{kept} "
+                "Free some space and run the same command again"
             ) from error
 
     def _close_files(self) -> None:
