@@ -275,19 +275,16 @@ void select_patterns(const SortedGroups& groups, const Parameters<kBits>& p, Cel
 
 // ---- Linear reconstruction ---------------------------------------------------------------------------------------
 
-/// x rounded to fp16 and limited to its range.
-double to_half(double x) {
-  const double limited = x > kHalfMax ? kHalfMax : (x < -kHalfMax ? -kHalfMax : x);
-  int exponent = static_cast<int>(std::bit_cast<uint64_t>(limited) >> 52 & 2047) - 1023;
-  exponent = exponent < -14 ? -14 : exponent;
-  const double quantum = std::bit_cast<double>(static_cast<uint64_t>(exponent - 10 + 1023) << 52);
-  return __builtin_nearbyint(limited / quantum) * quantum;
-}
-
+/// x limited to fp16's range and rounded to it, half to even.
 Doubles to_half(const Doubles& x) {
-  Doubles result;
-  for (int l = 0; l < kLanes; ++l) result.set(l, to_half(x[l]));
-  return result;
+  const Doubles limited = min(max(x, Doubles(-kHalfMax)), Doubles(kHalfMax));
+  Doubles power;  // of 2, at or below |x|
+  for (int i = 0; i < kParts; ++i) {
+    power.part[i] =
+        std::bit_cast<Doubles::Vector>(std::bit_cast<Masks::Vector>(limited.part[i]) & int64_t{0x7ff} << 52);
+  }
+  const Doubles magic = max(power, Doubles(0x1p-14)) * 0x1.8p42;  // the last bit of a sum with it is fp16's last bit
+  return (limited + magic) - magic;
 }
 
 /// Bits that a code must have for parameter i to be part of its level: those of plane i, or none for the zero.
@@ -310,7 +307,8 @@ enum class Precision { kFull, kHalf };
 
 /// Moves p to the least-squares parameters of the partition, staying where the cells leave them undetermined. With
 /// Precision::kHalf each parameter is rounded as soon as it is known, the zero first and the scales from the largest
-/// down, so that those still free make up for the rounding. Returns by how much E falls, at full precision.
+/// down, so that those still free make up for the rounding, and scales at the limit of fp16 stay there. Returns by how
+/// much E falls, at full precision.
 template <int kBits, Precision kPrecision>
 Doubles reconstruct(const SortedGroups& groups, const Cells<kBits>& cells, Parameters<kBits>& p) {
   constexpr int kSize = kBits + 1;
@@ -319,6 +317,9 @@ Doubles reconstruct(const SortedGroups& groups, const Cells<kBits>& cells, Param
   for (int i = 0; i < kSize; ++i) {
     for (int j = 0; j <= i; ++j) normal[i][j] = sum_with<kBits>(cells.mass, pattern<kBits>(i) | pattern<kBits>(j));
     normal[i][i] += kProximity * groups.total;
+    if constexpr (kPrecision == Precision::kHalf) {
+      if (i < kBits) normal[i][i] += select(p[i] < Doubles(kHalfMax), 0.0, kFixed * groups.total);
+    }
     right[i] = sum_with<kBits>(cells.residual, pattern<kBits>(i));
   }
 

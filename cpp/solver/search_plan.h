@@ -10,6 +10,8 @@ constexpr double kHalfMax = 65504.0;
 /// Weight of the previous parameters in a reconstruction, relative to the group's importance: it decides only what the
 /// cells leave undetermined, such as the scale of a plane that no weight uses.
 constexpr double kProximity = 1e-7;
+/// The same for a scale that is to stay where it is.
+constexpr double kFixed = 1e6;
 constexpr int kAoRounds = 10;
 constexpr int kStoreRounds = 3;
 

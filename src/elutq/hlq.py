@@ -48,6 +48,8 @@ ADAM_RATE = 0.02
 #: Weight of the previous (s, z) in a reconstruction, relative to the group's importance: it decides only what
 #: the patterns leave undetermined, such as the scale of a plane that no weight uses.
 PROXIMITY = 1e-7
+#: The same for a scale that is to stay where it is.
+FIXED = 1e6
 STORE_ROUNDS = 3
 
 # The plan of method="hlq", the same as in cpp/solver/search_plan.h; docs/lab.md says how it was found.
@@ -324,7 +326,8 @@ def _reconstruct(
     """Linear reconstruction: argmin over (s, z) of E, staying at the given (s, z) where E is flat.
 
     With `half`, each parameter is rounded to fp16 as soon as it is known, the zero first and the scales from
-    the largest down, so that those still free make up for the rounding.
+    the largest down, so that those still free make up for the rounding, and scales at the limit of fp16 stay
+    there.
     """
     q = s.shape[1]
     design = np.concatenate([_patterns(q)[codes], np.ones((*x.shape, 1))], axis=2)
@@ -335,6 +338,8 @@ def _reconstruct(
         step = np.linalg.solve(normal, right)[:, :, 0]
         return s + step[:, :q], z + step[:, q]
     parameters = np.concatenate([s, z[:, None]], axis=1)
+    for i in range(q):
+        normal[:, i, i] += np.where(s[:, i] < HALF_MAX, 0, FIXED * a.sum(1))
     for i in range(q, -1, -1):
         free = np.linalg.solve(normal[:, : i + 1, : i + 1], right[:, : i + 1])[:, i, 0]
         moved = parameters[:, i] + free
