@@ -6,10 +6,11 @@
 
 namespace elutq {
 
-/// Uninitialized memory aligned to a cache line, or to a huge page (which Linux is then asked for) from
-/// kHugePageBytes on. Throws std::bad_alloc. Release it with free_aligned.
+/// Uninitialized memory aligned to a cache line; from kHugePageBytes on to a huge page, and Linux is then asked for
+/// huge pages, but for the last part that would not fill one. Throws std::bad_alloc. Release it with free_aligned and
+/// the same number of bytes.
 void* allocate_aligned(size_t bytes);
-void free_aligned(void* memory);
+void free_aligned(void* memory, size_t bytes);
 
 inline constexpr size_t kCacheLineBytes = 64;
 inline constexpr size_t kHugePageBytes = size_t{2} << 20;
@@ -21,7 +22,7 @@ class AlignedBuffer {
  public:
   AlignedBuffer() = default;
   explicit AlignedBuffer(size_t size) : size_(size) {
-    if (size != 0) data_.reset(static_cast<T*>(allocate_aligned(size * sizeof(T))));
+    if (size != 0) data_ = {static_cast<T*>(allocate_aligned(size * sizeof(T))), Free{size * sizeof(T)}};
   }
 
   T* data() { return data_.get(); }
@@ -35,7 +36,8 @@ class AlignedBuffer {
 
  private:
   struct Free {
-    void operator()(T* p) const { free_aligned(p); }
+    size_t bytes = 0;
+    void operator()(T* p) const { free_aligned(p, bytes); }
   };
   std::unique_ptr<T, Free> data_;
   size_t size_ = 0;
