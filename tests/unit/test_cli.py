@@ -202,7 +202,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = last_json(run("demo", "--json"))
     assert [row["method"] for row in found["rows"]] == ["full", "rtn", "hlq"]
     shown = run("demo", "--out", tmp_path / "models").stdout
-    for words in ("full model", "round to nearest", "HLQ", "KL from full", "Once upon a time"):
+    for words in ("full model", "rtn", "hlq", "perplexity", "Once upon a time"):
         assert words in shown
     assert last_json(run("inspect", tmp_path / "models" / "hlq-2bit", "--json"))["format"] == "hlq"
     assert_one_line_error(run("demo", "--out", tmp_path / "models"), "exists; give another folder with --out")

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from elutq.runtime import load
 from numpy.typing import NDArray
 
 from elutq.errors import InvalidArgumentError
 from elutq.eval import evaluate, evaluate_all
 from elutq.eval import perplexity as module
 from elutq.models import bundled_model
+from elutq.runtime import load
 
 VOCAB = 50
 

@@ -36,7 +36,7 @@ def bench(
 
     if (model is None) == (shape is None):
         raise InvalidArgumentError("give either a model folder or --shape, e.g. --shape llama-2-7b")
-    with progress_bar("runs") as progress:
+    with progress_bar() as progress:
         progress(0, repeat, f"loading {model or shape}")
         subject, scheme = _load(model, shape, bits, group_size, threads, isa)
         result = run(

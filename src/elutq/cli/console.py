@@ -37,11 +37,11 @@ def show(*items: "RenderableType") -> None:
 
 
 @contextmanager
-def progress_bar(unit: str) -> Iterator[Progress]:
-    """A bar on stderr with rate and time left; silent when stderr is not a terminal.
+def progress_bar(unit: str | None = None) -> Iterator[Progress]:
+    """A bar on stderr; silent when stderr is not a terminal.
 
     Args:
-        unit: what is counted, for the rate, e.g. "weights".
+        unit: what is counted, e.g. "weights", to show a rate and the time left; None where steps are unequal.
     """
     if not sys.stderr.isatty():
         yield lambda done, total, what: None
@@ -53,8 +53,7 @@ def progress_bar(unit: str) -> Iterator[Progress]:
     with Bar(
         BarColumn(),
         TaskProgressColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
+        *([TextColumn("{task.fields[rate]}"), TimeRemainingColumn()] if unit else []),
         TextColumn("{task.description}"),
         console=Console(file=sys.stderr),
         transient=True,

@@ -11,7 +11,7 @@ from elutq.cli.console import magnitude, megabytes
 
 def new_table(*headers: str) -> Table:
     """An empty table: first column to the left, the others, numbers, to the right."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for i, header in enumerate(headers):
         table.add_column(header, justify="right" if i else "left", no_wrap=True)
     return table
