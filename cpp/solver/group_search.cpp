@@ -33,8 +33,9 @@ struct SortedGroups {
   const double* moment;  ///< [count + 1][kLanes], sums of a * x over the first k weights
   Ints ends;             ///< index of [weights of the group][lane] in such an array
   Doubles low, high;     ///< smallest and largest weight
-  Doubles total;         ///< sum of a
-  Doubles square;        ///< sum of a * x^2
+  Doubles lower_quartile, upper_quartile;
+  Doubles total;   ///< sum of a
+  Doubles square;  ///< sum of a * x^2
 };
 
 constexpr int kPivots = 16;
@@ -161,8 +162,12 @@ SortedGroups sort_groups(const GroupBatch& batch) {
   groups.moment = scratch.moment;
   groups.total = mass;
   groups.square = square;
-  groups.low = convert<double>(Floats::load(x));
-  for (int l = 0; l < kLanes; ++l) groups.high.set(l, static_cast<double>(x[(counts[l] - 1) * kLanes + l]));
+  for (int l = 0; l < kLanes; ++l) {
+    groups.low.set(l, static_cast<double>(x[l]));
+    groups.high.set(l, static_cast<double>(x[(counts[l] - 1) * kLanes + l]));
+    groups.lower_quartile.set(l, static_cast<double>(x[counts[l] / 4 * kLanes + l]));
+    groups.upper_quartile.set(l, static_cast<double>(x[counts[l] * 3 / 4 * kLanes + l]));
+  }
   return groups;
 }
 
@@ -419,6 +424,33 @@ void best_clipped(const SortedGroups& groups, Best<kBits>& best) {
   }
 }
 
+/// Scales of the given shape, in units of `deviation`, with the middle of their levels at `center`.
+template <int kBits>
+Parameters<kBits> shaped(const double (&shape)[kSearchMaxBits], const Doubles& deviation, const Doubles& center) {
+  Parameters<kBits> p;
+  p.zero() = center;
+  for (int i = 0; i < kBits; ++i) {
+    p[i] = shape[i] * deviation;
+    p.zero() -= 0.5 * p[i];
+  }
+  return p;
+}
+
+/// A start for groups with an outlier: one plane reaches out to it, the others share the bulk.
+template <int kBits>
+Parameters<kBits> outlier_start(const SortedGroups& groups) {
+  const Doubles middle = 0.5 * (groups.lower_quartile + groups.upper_quartile);
+  const Doubles deviation = (groups.upper_quartile - groups.lower_quartile) / kNormalQuartiles;
+  const Doubles above = groups.high - middle;
+  const Doubles below = middle - groups.low;
+  const Parameters<kBits - 1> bulk = shaped<kBits - 1>(kSearchPlans[kBits - 2].shapes[0], deviation, middle);
+  Parameters<kBits> p;
+  for (int i = 0; i < kBits - 1; ++i) p[i] = bulk[i];
+  p[kBits - 1] = max(above, below);
+  p.zero() = bulk.zero() - select(above < below, below, 0.0);
+  return p;
+}
+
 /// Starts of fixed shapes, then kicks: the best parameters so far, disturbed, are the next start.
 template <int kBits>
 void search_hlq(const SortedGroups& groups, Best<kBits>& best) {
@@ -429,14 +461,9 @@ void search_hlq(const SortedGroups& groups, Best<kBits>& best) {
   const Doubles mean = gather(groups.moment, groups.ends) / groups.total;
   const Doubles deviation = sqrt(max(groups.square / groups.total - mean * mean, Doubles(0.0)));
   for (int shape = 0; shape < plan.shape_count; ++shape) {
-    Parameters<kBits> p;
-    p.zero() = mean;
-    for (int i = 0; i < kBits; ++i) {
-      p[i] = plan.shapes[shape][i] * deviation;
-      p.zero() -= 0.5 * p[i];
-    }
-    alternate<kBits>(groups, p, kStartRounds, kPace, best);
+    alternate<kBits>(groups, shaped<kBits>(plan.shapes[shape], deviation, mean), kStartRounds, kPace, best);
   }
+  if constexpr (kBits > 1) alternate<kBits>(groups, outlier_start<kBits>(groups), kStartRounds, kPace, best);
   for (int kick = 0; kick < plan.kicks; ++kick) {
     Parameters<kBits> p = best.p;
     Doubles span = 0.0;

@@ -24,7 +24,8 @@ constexpr double clip_ratio(int i) { return 1.0 - 0.05 * i; }
 constexpr double kPace = 2.0;
 constexpr int kStartRounds = 4;
 constexpr int kFinalRounds = 2;
-constexpr double kStartClips[] = {0.9, 0.5};
+constexpr double kStartClips[] = {1.0, 0.8, 0.5};
+constexpr double kNormalQuartiles = 1.349;  ///< between the quartiles of a normal distribution, in standard deviations
 /// Most that a kick changes a scale by, relative to it.
 constexpr double kKickSize = 0.4;
 

@@ -58,7 +58,8 @@ STORE_ROUNDS = 3
 PACE = 2.0
 START_ROUNDS = 4
 FINAL_ROUNDS = 2
-START_CLIPS = (0.9, 0.5)
+START_CLIPS = (1.0, 0.8, 0.5)
+NORMAL_QUARTILES = 1.349  #: between the quartiles of a normal distribution, in standard deviations
 #: Scales of further starts around the mean, in standard deviations, by bits.
 START_SHAPES: tuple[tuple[tuple[float, ...], ...], ...] = (
     ((1.6,),),
@@ -107,6 +108,8 @@ def fit(
         raise InvalidArgumentError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     if backend not in BACKENDS:
         raise InvalidArgumentError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if threads is not None and threads < 1:
+        raise InvalidArgumentError(f"threads must be at least 1, not {threads}")
     if weight.ndim != 2 or 0 in weight.shape:
         raise TensorShapeError(
             f"{name} has shape {weight.shape}; only matrices with rows and columns can be quantized"
@@ -372,14 +375,31 @@ def _search(best: _Best, bits: int) -> None:
     mean = (a * x).sum(1) / a.sum(1)
     deviation = np.sqrt(np.maximum((a * x * x).sum(1) / a.sum(1) - mean**2, 0))
     for shape in START_SHAPES[bits - 1]:
-        s = deviation[:, None] * np.array(shape)
-        _alternate(best, s, mean - s.sum(1) / 2, START_ROUNDS, PACE)
+        _alternate(best, *_shaped(shape, deviation, mean), START_ROUNDS, PACE)
+    if bits > 1:
+        _alternate(best, *_outlier_start(x, bits), START_ROUNDS, PACE)
     for kick in range(KICKS[bits - 1]):
         direction = _kick_direction(kick, bits)
         change = KICK_SIZE * direction[:bits] * best.s
         shift = KICK_SHIFT[bits - 1] * direction[bits] * best.s.sum(1)
         _alternate(best, best.s + change, best.z - change.sum(1) / 2 + shift, KICK_ROUNDS[bits - 1], PACE)
     _alternate(best, best.s, best.z, FINAL_ROUNDS)
+
+
+def _shaped(shape: tuple[float, ...], deviation: Floats, center: Floats) -> tuple[Floats, Floats]:
+    """Scales of the given shape, in units of `deviation`, with the middle of their levels at `center`."""
+    s = deviation[:, None] * np.array(shape)
+    return s, center - s.sum(1) / 2
+
+
+def _outlier_start(x: Floats, bits: int) -> tuple[Floats, Floats]:
+    """A start for groups with an outlier: one plane reaches out to it, the others share the bulk."""
+    ascending = np.sort(x, axis=1)
+    lower, upper = ascending[:, x.shape[1] // 4], ascending[:, x.shape[1] * 3 // 4]
+    middle = (lower + upper) / 2
+    s, z = _shaped(START_SHAPES[bits - 2][0], (upper - lower) / NORMAL_QUARTILES, middle)
+    above, below = ascending[:, -1] - middle, middle - ascending[:, 0]
+    return np.column_stack([s, np.maximum(above, below)]), z - np.where(above < below, below, 0)
 
 
 def _kick_direction(kick: int, bits: int) -> Floats:
