@@ -29,14 +29,11 @@ ELUTQ_INLINE void score_block(const float* q, int64_t head_dim, const uint16_t* 
   for_each_half_run(
       head_dim, [&](auto load_q, auto load_key) __attribute__((always_inline)) {
         Floats k[positions];
-        ELUTQ_UNROLL
-        for (int j = 0; j < positions; ++j) k[j] = load_key(keys + j * head_dim);
-        ELUTQ_UNROLL
-        for (int h = 0; h < heads; ++h) {
+        unroll<positions>([&](auto j) ELUTQ_FLAT { k[j] = load_key(keys + j * head_dim); });
+        unroll<heads>([&](auto h) ELUTQ_FLAT {
           const Floats v = load_q(q + h * head_dim);
-          ELUTQ_UNROLL
-          for (int j = 0; j < positions; ++j) sums[h][j] = fma(v, k[j], sums[h][j]);
-        }
+          unroll<positions>([&](auto j) ELUTQ_FLAT { sums[h][j] = fma(v, k[j], sums[h][j]); });
+        });
       });
   for (int h = 0; h < heads; ++h) {
     for (int j = 0; j < positions; ++j) scores[h * total + j] = scale * reduce_add(sums[h][j]);
@@ -88,19 +85,16 @@ void weigh_values(const float* scores, int64_t total, const float* inverse, int6
       const uint16_t* value = spans[s].values + j * head_dim + column;
       Floats v[runs];
       if (width == kLanes) {
-        ELUTQ_UNROLL
-        for (int r = 0; r < runs; ++r) v[r] = load_half(value + r * kLanes);
+        unroll<runs>([&](auto r) ELUTQ_FLAT { v[r] = load_half(value + r * kLanes); });
       } else {
         uint16_t padded[kLanes] = {};
         std::memcpy(padded, value, static_cast<size_t>(width) * sizeof(uint16_t));
         v[0] = load_half(padded);
       }
-      ELUTQ_UNROLL
-      for (int h = 0; h < heads; ++h) {
+      unroll<heads>([&](auto h) ELUTQ_FLAT {
         const Floats weight = splat(scores[h * total + j]);
-        ELUTQ_UNROLL
-        for (int r = 0; r < runs; ++r) sums[h][r] = fma(weight, v[r], sums[h][r]);
-      }
+        unroll<runs>([&](auto r) ELUTQ_FLAT { sums[h][r] = fma(weight, v[r], sums[h][r]); });
+      });
     }
     scores += spans[s].length;
   }

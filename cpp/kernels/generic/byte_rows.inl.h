@@ -7,11 +7,11 @@
 //
 // so packing a block is a byte transpose of the planes on disk. Four such vectors, v = 0..3, make a block. Both nibbles
 // are looked up in the table of their slot, the same for all rows, and the found bytes are added in 16 bits: a segment
-// has at most 32 slots, and 32 * 255 < 65536.
+// has at most 32 slots, so its sums less 128 per slot lie within +-32 * 128.
 //
 // The instruction set offers: kBytes, Bytes, load_bytes, load_table (16 bytes for every lane), low_nibbles,
-// high_nibbles, lookup; Sums (zero when default-made), add(Sums&, Bytes), to_floats(Sums, part, bias): sums less bias
-// of rows 16 * part .. 16 * part + 15; byte_of_row.
+// high_nibbles, lookup; Sums, start_sums(int) (all the same), add(Sums&, Bytes), to_floats(Sums, part): of rows
+// 16 * part .. 16 * part + 15; byte_of_row.
 
 namespace elutq {
 namespace {
@@ -19,7 +19,6 @@ namespace {
 struct Lookup {
   static constexpr int kTileRows = kBytes;
   static constexpr int kStripRows = kBytes;
-  using Accumulator = Sums;
 
   static void put(uint32_t columns, int row, uint8_t* plane) {
     for (int v = 0; v < 4; ++v) plane[v * kBytes + byte_of_row(row)] = static_cast<uint8_t>(columns >> (8 * v));
@@ -34,28 +33,24 @@ struct Lookup {
   /// Adds the entries of one block of 32 columns of one strip, for `bits` planes and `tokens` tokens.
   template <int bits, int tokens>
   ELUTQ_INLINE static void add_block(const uint8_t* planes, const uint8_t* const (&entries)[tokens],
-                                     Accumulator (&sums)[bits][tokens]) {
-    ELUTQ_UNROLL
-    for (int v = 0; v < 4; ++v) {
+                                     Sums (&sums)[bits][tokens]) {
+    unroll<4>([&](auto v) ELUTQ_FLAT {
       Bytes low[bits];
       Bytes high[bits];
-      ELUTQ_UNROLL
-      for (int p = 0; p < bits; ++p) {
+      unroll<bits>([&](auto p) ELUTQ_FLAT {
         const Bytes both = load_bytes(planes + p * 4 * kBytes + v * kBytes);
         low[p] = low_nibbles(both);
         high[p] = high_nibbles(both);
-      }
-      ELUTQ_UNROLL
-      for (int t = 0; t < tokens; ++t) {
+      });
+      unroll<tokens>([&](auto t) ELUTQ_FLAT {
         const Bytes low_table = load_table(entries[t] + v * 32);
         const Bytes high_table = load_table(entries[t] + v * 32 + 16);
-        ELUTQ_UNROLL
-        for (int p = 0; p < bits; ++p) {
+        unroll<bits>([&](auto p) ELUTQ_FLAT {
           add(sums[p][t], lookup(low_table, low[p]));
           add(sums[p][t], lookup(high_table, high[p]));
-        }
-      }
-    }
+        });
+      });
+    });
   }
 };
 

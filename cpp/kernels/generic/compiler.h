@@ -1,11 +1,27 @@
 #pragma once
 
-/// Hot functions take register values and constant indices; they must vanish into their callers.
+/// Hot functions take register values; they must vanish into their callers.
 #define ELUTQ_INLINE [[gnu::always_inline]] inline
+/// The same for a lambda, after its parameters.
+#define ELUTQ_FLAT __attribute__((always_inline))
 
-/// Unrolls the next loop, whose count is a small constant, so that arrays indexed by it live in registers.
-#if defined(__clang__)
-#define ELUTQ_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define ELUTQ_UNROLL _Pragma("GCC unroll 32")
-#endif
+namespace elutq {
+namespace {
+
+template <int value>
+struct Constant {
+  constexpr operator int() const { return value; }
+};
+
+/// body(Constant<begin>) .. body(Constant<end - 1>). Unlike an unrolled loop, the indices are constants from the start,
+/// so that small arrays of registers stay in registers.
+template <int end, int begin = 0, typename Body>
+ELUTQ_INLINE void unroll(const Body& body) {
+  if constexpr (begin < end) {
+    body(Constant<begin>{});
+    unroll<end, begin + 1>(body);
+  }
+}
+
+}  // namespace
+}  // namespace elutq

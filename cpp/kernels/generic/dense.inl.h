@@ -32,14 +32,11 @@ void dense_block(const uint8_t* weights, int64_t row_bytes, int64_t columns, con
   Floats sums[rows][tokens] = {};
   const auto step = [&](auto load_w, auto load_x) __attribute__((always_inline)) {
     Floats w[rows];
-    ELUTQ_UNROLL
-    for (int r = 0; r < rows; ++r) w[r] = load_w(weights + r * row_bytes);
-    ELUTQ_UNROLL
-    for (int t = 0; t < tokens; ++t) {
+    unroll<rows>([&](auto r) ELUTQ_FLAT { w[r] = load_w(weights + r * row_bytes); });
+    unroll<tokens>([&](auto t) ELUTQ_FLAT {
       const Floats v = load_x(x + t * x_stride);
-      ELUTQ_UNROLL
-      for (int r = 0; r < rows; ++r) sums[r][t] = fma(w[r], v, sums[r][t]);
-    }
+      unroll<rows>([&](auto r) ELUTQ_FLAT { sums[r][t] = fma(w[r], v, sums[r][t]); });
+    });
   };
   int64_t c = 0;
   for (; c + kLanes <= columns; c += kLanes) {

@@ -3,16 +3,14 @@
 namespace elutq {
 namespace {
 
-constexpr int kStripRows = Lookup::kStripRows;
-constexpr int kStrips = Lookup::kTileRows / kStripRows;
 constexpr int kParts = kStripRows / kLanes;
 constexpr int64_t kBlockEntries = kBlockColumns / kSlotColumns * 16;  // bytes of tables per block
 
 /// Segments [begin, end) of strips [first_strip, first_strip + strips) of one tile.
 /// acc: [tokens][strips * kStripRows], the sums so far.
 template <int bits, int tokens, int strips>
-void multiply(const Layout& layout, const uint8_t* tile, int first_strip, const TableView* tables, int64_t begin,
-              int64_t end, float* acc) {
+[[gnu::noinline]] void multiply(const Layout& layout, const uint8_t* tile, int first_strip, const TableView* tables,
+                                int64_t begin, int64_t end, float* acc) {
   int64_t group = begin / layout.segments_per_group;
   int64_t segment_in_group = begin - group * layout.segments_per_group;
   int64_t block = begin * layout.segment_blocks;
@@ -20,47 +18,43 @@ void multiply(const Layout& layout, const uint8_t* tile, int first_strip, const 
     const uint8_t* parameters = tile + group * layout.group_bytes + first_strip * kStripRows * 2;
     const uint8_t* planes = tile + group * layout.group_bytes + layout.parameter_bytes +
                             segment_in_group * layout.segment_blocks * layout.block_bytes +
-                            first_strip * (kPlaneBytes / kStrips);
+                            first_strip * bits * kStripBytes;
     const int64_t blocks = min_of(layout.segment_blocks, layout.blocks - block);
 
-    typename Lookup::Accumulator sums[strips][bits][tokens] = {};
+    // Every entry is stored with 128 added; padding columns too, whose entries are exactly 128.
+    const Sums start = start_sums(static_cast<int>(blocks * (kBlockColumns / kSlotColumns) * -128));
+    Sums sums[strips][bits][tokens];
+    unroll<strips>([&](auto s) ELUTQ_FLAT {
+      unroll<bits>([&](auto p) ELUTQ_FLAT { unroll<tokens>([&](auto t) ELUTQ_FLAT { sums[s][p][t] = start; }); });
+    });
     const uint8_t* entries[tokens];
-    ELUTQ_UNROLL
-    for (int t = 0; t < tokens; ++t) entries[t] = tables[t].entries + block * kBlockEntries;
+    unroll<tokens>([&](auto t) ELUTQ_FLAT { entries[t] = tables[t].entries + block * kBlockEntries; });
     for (int64_t b = 0; b < blocks; ++b) {
-      ELUTQ_UNROLL
-      for (int s = 0; s < strips; ++s) {
-        Lookup::template add_block<bits, tokens>(planes + s * (kPlaneBytes / kStrips), entries, sums[s]);
-      }
+      unroll<strips>([&](auto s) ELUTQ_FLAT {
+        Lookup::template add_block<bits, tokens>(planes + s * bits * kStripBytes, entries, sums[s]);
+      });
       planes += layout.block_bytes;
-      ELUTQ_UNROLL
-      for (int t = 0; t < tokens; ++t) entries[t] += kBlockEntries;
+      unroll<tokens>([&](auto t) ELUTQ_FLAT { entries[t] += kBlockEntries; });
     }
 
-    const int bias = static_cast<int>(blocks * (kBlockColumns / kSlotColumns) * 128);
-    ELUTQ_UNROLL
-    for (int s = 0; s < strips; ++s) {
-      ELUTQ_UNROLL
-      for (int part = 0; part < kParts; ++part) {
+    unroll<strips>([&](auto s) ELUTQ_FLAT {
+      unroll<kParts>([&](auto part) ELUTQ_FLAT {
         const int row = s * kStripRows + part * kLanes;
         Floats scales[bits];
         Floats mid = load_half(parameters + (bits * kTileRows + row) * 2);
-        ELUTQ_UNROLL
-        for (int p = 0; p < bits; ++p) {
+        unroll<bits>([&](auto p) ELUTQ_FLAT {
           scales[p] = load_half(parameters + (p * kTileRows + row) * 2);
           mid = fma(splat(0.5f), scales[p], mid);
-        }
-        ELUTQ_UNROLL
-        for (int t = 0; t < tokens; ++t) {
-          Floats u = scales[0] * to_floats(sums[s][0][t], part, bias);
-          ELUTQ_UNROLL
-          for (int p = 1; p < bits; ++p) u = fma(scales[p], to_floats(sums[s][p][t], part, bias), u);
+        });
+        unroll<tokens>([&](auto t) ELUTQ_FLAT {
+          Floats u = scales[0] * to_floats(sums[s][0][t], part);
+          unroll<bits, 1>([&](auto p) ELUTQ_FLAT { u = fma(scales[p], to_floats(sums[s][p][t], part), u); });
           float* to = acc + t * (strips * kStripRows) + row;
           const Floats with_planes = fma(u, splat(tables[t].scales[segment]), load(to));
           store(fma(mid, splat(tables[t].sums[segment]), with_planes), to);
-        }
-      }
-    }
+        });
+      });
+    });
     block += layout.segment_blocks;
     if (++segment_in_group == layout.segments_per_group) {
       segment_in_group = 0;
@@ -78,13 +72,19 @@ void multiply_tile(const Layout& layout, const uint8_t* tile, const TableView* t
     const int64_t first_row = first_strip * kStripRows;
     const int64_t left = min_of(kRows, rows - first_row);
     if (left <= 0) return;
-    const size_t bytes = static_cast<size_t>(left) * sizeof(float);
     alignas(64) float acc[tokens * kRows] = {};
+    const auto copy_rows = [left](float* to, const float* from) {
+      if (left == kRows) {
+        std::memcpy(to, from, kRows * sizeof(float));
+      } else {
+        std::memcpy(to, from, static_cast<size_t>(left) * sizeof(float));
+      }
+    };
     if (begin > 0) {
-      for (int t = 0; t < tokens; ++t) std::memcpy(acc + t * kRows, y + t * y_stride + first_row, bytes);
+      for (int t = 0; t < tokens; ++t) copy_rows(acc + t * kRows, y + t * y_stride + first_row);
     }
     multiply<bits, tokens, strips>(layout, tile, first_strip, tables, begin, end, acc);
-    for (int t = 0; t < tokens; ++t) std::memcpy(y + t * y_stride + first_row, acc + t * kRows, bytes);
+    for (int t = 0; t < tokens; ++t) copy_rows(y + t * y_stride + first_row, acc + t * kRows);
   }
 }
 

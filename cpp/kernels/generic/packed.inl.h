@@ -1,9 +1,10 @@
 // The packed matrix. A tile of kTileRows rows is one sequential stream:
 //
 //     for each group:   scales fp16 [bits][kTileRows], zeros fp16 [kTileRows]
-//         for each block of 32 columns of the group:   planes [bits][kTileRows * 4 bytes]
+//         for each block of 32 columns of the group:
+//             for each strip of kStripRows rows:   planes [bits][kStripRows * 4 bytes]
 //
-// How the 32 x kTileRows bits of one plane lie inside their block is the business of the lookup (Lookup::put and
+// How the 32 x kStripRows bits of one plane lie inside their strip is the business of the lookup (Lookup::put and
 // Lookup::get). Rows past out_features and columns past in_features are zero.
 
 namespace elutq {
@@ -11,7 +12,9 @@ namespace {
 
 constexpr int64_t kBlockColumns = kColumnPadding;
 constexpr int64_t kTileRows = Lookup::kTileRows;
-constexpr int64_t kPlaneBytes = kTileRows * kBlockColumns / 8;
+constexpr int kStripRows = Lookup::kStripRows;
+constexpr int kStrips = Lookup::kTileRows / kStripRows;
+constexpr int64_t kStripBytes = kStripRows * kBlockColumns / 8;  // of one plane
 
 struct Layout {
   int64_t in_features;
@@ -37,9 +40,14 @@ struct Layout {
         segments(shape.segments()),
         segments_per_group((shape.group_size + shape.segment_size() - 1) / shape.segment_size()),
         parameter_bytes((shape.bits + 1) * kTileRows * 2),
-        block_bytes(shape.bits * kPlaneBytes),
+        block_bytes(shape.bits * kStrips * kStripBytes),
         group_bytes(parameter_bytes + group_blocks * block_bytes),
         tile_bytes(groups * parameter_bytes + blocks * block_bytes) {}
+
+  /// Where the plane of a row's strip begins in a block.
+  int64_t plane_offset(int64_t plane, int64_t row_in_tile) const {
+    return (row_in_tile / kStripRows * bits + plane) * kStripBytes;
+  }
 
   /// Blocks in group `group`; the last group may be short.
   int64_t blocks_of(int64_t group) const { return min_of(group_blocks, blocks - group * group_blocks); }
@@ -85,7 +93,8 @@ void pack(const HlqView& matrix, int64_t row_begin, int64_t row_end, uint8_t* pa
           const uint8_t* row = matrix.planes + (p * shape.out_features + first + r) * row_bytes;
           for (int64_t b = 0; b < blocks; ++b) {
             const uint32_t columns = read_block(row, group * layout.group_blocks + b, row_bytes);
-            Lookup::put(columns, static_cast<int>(r), planes + b * layout.block_bytes + p * kPlaneBytes);
+            Lookup::put(columns, static_cast<int>(r % kStripRows),
+                        planes + b * layout.block_bytes + layout.plane_offset(p, r));
           }
         }
       }
@@ -108,7 +117,7 @@ void unpack_columns(const Layout& layout, const uint8_t* packed, int64_t row, in
     Floats high = low;
     for (int64_t p = 0; p < layout.bits; ++p) {
       const Floats scale = splat_half(parameters + (p * kTileRows + r) * 2);
-      const uint32_t columns = Lookup::get(planes + p * kPlaneBytes, r);
+      const uint32_t columns = Lookup::get(planes + layout.plane_offset(p, r), r % kStripRows);
       low = fma(scale, from_bits(columns & 0xffffu), low);
       high = fma(scale, from_bits(columns >> 16), high);
     }

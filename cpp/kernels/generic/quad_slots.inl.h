@@ -11,8 +11,8 @@
 // them to the row's 32-bit sum. A tile has two strips of 16 rows: one token takes both at once, to have sums enough in
 // flight; several tokens take them one after the other.
 //
-// The instruction set offers: Bytes (64), load_bytes, low_index, high_index, lookup; Sums (16 x 32 bits, zero when
-// default-made), add(Sums&, Bytes), to_floats(Sums, part, bias).
+// The instruction set offers: Bytes (64), load_bytes, low_index, high_index, lookup; Sums (16 x 32 bits),
+// start_sums(int) (all the same), add(Sums&, Bytes), to_floats(Sums, part).
 
 namespace elutq {
 namespace {
@@ -20,7 +20,6 @@ namespace {
 struct Lookup {
   static constexpr int kTileRows = 32;
   static constexpr int kStripRows = 16;
-  using Accumulator = Sums;
 
   /// Nibbles 7654'3210 -> 73'62'51'40.
   static void put(uint32_t columns, int row, uint8_t* plane) {
@@ -37,25 +36,22 @@ struct Lookup {
   /// Adds the entries of one block of 32 columns of one strip, for `bits` planes and `tokens` tokens.
   template <int bits, int tokens>
   ELUTQ_INLINE static void add_block(const uint8_t* planes, const uint8_t* const (&entries)[tokens],
-                                     Accumulator (&sums)[bits][tokens]) {
+                                     Sums (&sums)[bits][tokens]) {
     Bytes low[bits];
     Bytes high[bits];
-    ELUTQ_UNROLL
-    for (int p = 0; p < bits; ++p) {
-      const Bytes both = load_bytes(planes + p * 4 * kTileRows);
+    unroll<bits>([&](auto p) ELUTQ_FLAT {
+      const Bytes both = load_bytes(planes + p * 4 * kStripRows);
       low[p] = low_index(both);
       high[p] = high_index(both);
-    }
-    ELUTQ_UNROLL
-    for (int t = 0; t < tokens; ++t) {
+    });
+    unroll<tokens>([&](auto t) ELUTQ_FLAT {
       const Bytes low_tables = load_bytes(entries[t]);
       const Bytes high_tables = load_bytes(entries[t] + 64);
-      ELUTQ_UNROLL
-      for (int p = 0; p < bits; ++p) {
+      unroll<bits>([&](auto p) ELUTQ_FLAT {
         add(sums[p][t], lookup(low_tables, low[p]));
         add(sums[p][t], lookup(high_tables, high[p]));
-      }
-    }
+      });
+    });
   }
 
  private:

@@ -124,8 +124,8 @@ using Bytes = __m256i;
 /// Sums of bytes, modulo 2^16. `all` adds the vectors as 16-bit numbers, so it holds even + 256 * odd; `odd` adds the
 /// odd bytes alone. One shift and two additions per vector, and no shuffle, of which pshufb needs every slot.
 struct Sums {
-  __m256i all = _mm256_setzero_si256();
-  __m256i odd = _mm256_setzero_si256();
+  __m256i all;
+  __m256i odd;
 };
 
 /// Even bytes hold rows 0..15 and odd bytes rows 16..31, so that the sums come out in order.
@@ -140,9 +140,12 @@ ELUTQ_INLINE void add(Sums& sums, Bytes v) {
   sums.all = _mm256_add_epi16(sums.all, v);
   sums.odd = _mm256_add_epi16(sums.odd, _mm256_srli_epi16(v, 8));
 }
-ELUTQ_INLINE Floats to_floats(Sums sums, int part, int bias) {
+ELUTQ_INLINE Sums start_sums(int value) {
+  return {_mm256_set1_epi16(static_cast<int16_t>(257 * value)), _mm256_set1_epi16(static_cast<int16_t>(value))};
+}
+ELUTQ_INLINE Floats to_floats(Sums sums, int part) {
   const __m256i even = _mm256_sub_epi16(sums.all, _mm256_slli_epi16(sums.odd, 8));
-  const __m256i words = _mm256_sub_epi16(part == 0 ? even : sums.odd, _mm256_set1_epi16(static_cast<int16_t>(bias)));
+  const __m256i words = part == 0 ? even : sums.odd;
   return {_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(words))),
           _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(words, 1)))};
 }

@@ -14,8 +14,8 @@ using Bytes = __m512i;
 /// Sums of bytes, modulo 2^16. `all` adds the vectors as 16-bit numbers, so it holds even + 256 * odd; `odd` adds the
 /// odd bytes alone. One shift and two additions per vector, and no shuffle, of which pshufb needs every slot.
 struct Sums {
-  __m512i all = _mm512_setzero_si512();
-  __m512i odd = _mm512_setzero_si512();
+  __m512i all;
+  __m512i odd;
 };
 
 /// Even bytes hold rows 0..31 and odd bytes rows 32..63, so that the sums come out in order.
@@ -32,9 +32,12 @@ ELUTQ_INLINE void add(Sums& sums, Bytes v) {
   sums.all = _mm512_add_epi16(sums.all, v);
   sums.odd = _mm512_add_epi16(sums.odd, _mm512_srli_epi16(v, 8));
 }
-ELUTQ_INLINE Floats to_floats(Sums sums, int part, int bias) {
+ELUTQ_INLINE Sums start_sums(int value) {
+  return {_mm512_set1_epi16(static_cast<int16_t>(257 * value)), _mm512_set1_epi16(static_cast<int16_t>(value))};
+}
+ELUTQ_INLINE Floats to_floats(Sums sums, int part) {
   const __m512i even = _mm512_sub_epi16(sums.all, _mm512_slli_epi16(sums.odd, 8));
-  const __m512i words = _mm512_sub_epi16(part < 2 ? even : sums.odd, _mm512_set1_epi16(static_cast<int16_t>(bias)));
+  const __m512i words = part < 2 ? even : sums.odd;
   const __m256i half = part % 2 == 0 ? _mm512_castsi512_si256(words) : _mm512_extracti64x4_epi64(words, 1);
   return {_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(half))};
 }

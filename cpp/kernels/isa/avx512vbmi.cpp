@@ -10,7 +10,7 @@ constexpr int kMostTokens[] = {0, 8, 8, 6, 4};
 
 using Bytes = __m512i;
 struct Sums {
-  __m512i of = _mm512_setzero_si512();
+  __m512i of;
 };
 
 /// (v & 15) | j << 4 in byte j of every four: one ternary-logic instruction.
@@ -22,9 +22,8 @@ ELUTQ_INLINE Bytes high_index(Bytes v) { return low_index(_mm512_srli_epi16(v, 4
 ELUTQ_INLINE Bytes load_bytes(const uint8_t* from) { return _mm512_loadu_si512(from); }
 ELUTQ_INLINE Bytes lookup(Bytes tables, Bytes index) { return _mm512_permutexvar_epi8(index, tables); }
 ELUTQ_INLINE void add(Sums& sums, Bytes v) { sums.of = _mm512_dpbusd_epi32(sums.of, v, _mm512_set1_epi8(1)); }
-ELUTQ_INLINE Floats to_floats(Sums sums, int /*part*/, int bias) {
-  return {_mm512_cvtepi32_ps(_mm512_sub_epi32(sums.of, _mm512_set1_epi32(bias)))};
-}
+ELUTQ_INLINE Sums start_sums(int value) { return {_mm512_set1_epi32(value)}; }
+ELUTQ_INLINE Floats to_floats(Sums sums, int /*part*/) { return {_mm512_cvtepi32_ps(sums.of)}; }
 
 }  // namespace
 }  // namespace elutq

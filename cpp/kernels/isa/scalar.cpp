@@ -115,7 +115,7 @@ struct Bytes {
   uint8_t byte[kBytes];
 };
 struct Sums {
-  uint16_t of[kBytes] = {};
+  int32_t of[kBytes];
 };
 
 constexpr int byte_of_row(int row) { return row; }
@@ -138,10 +138,15 @@ inline Bytes lookup(const Bytes& table, Bytes index) {
   return index;
 }
 inline void add(Sums& sums, const Bytes& v) {
-  for (int i = 0; i < kBytes; ++i) sums.of[i] = static_cast<uint16_t>(sums.of[i] + v.byte[i]);
+  for (int i = 0; i < kBytes; ++i) sums.of[i] += v.byte[i];
 }
-inline Floats to_floats(const Sums& sums, int /*part*/, int bias) {
-  return per_lane([&](int i) { return static_cast<float>(sums.of[i] - bias); });
+inline Sums start_sums(int value) {
+  Sums r;
+  for (int32_t& sum : r.of) sum = value;
+  return r;
+}
+inline Floats to_floats(const Sums& sums, int /*part*/) {
+  return per_lane([&](int i) { return static_cast<float>(sums.of[i]); });
 }
 
 }  // namespace

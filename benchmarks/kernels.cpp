@@ -1,0 +1,198 @@
+// Speed of the kernels on every instruction set of this machine, against the memory's read bandwidth measured between
+// the runs. Prints one JSON object per line. docs/kernels.md explains the figures.
+//
+//   cmake -S . -B build/bench -G Ninja -DELUTQ_BUILD_PYTHON=OFF -DELUTQ_BUILD_BENCHMARKS=ON
+//   cmake --build build/bench && build/bench/benchmarks/kernels_benchmark [THREADS [ISA]]
+
+#include "kernels/kernels.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "base/aligned.h"
+#include "base/cpu_features.h"
+#include "base/half.h"
+#include "base/thread_pool.h"
+#include "kernels/bandwidth.h"
+
+namespace {
+
+using namespace elutq;
+
+/// Median seconds of `repeats` calls, after one that is not counted.
+double median_seconds(int repeats, const std::function<void()>& call) {
+  call();
+  std::vector<double> seconds;
+  for (int i = 0; i < repeats; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    call();
+    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  std::nth_element(seconds.begin(), seconds.begin() + repeats / 2, seconds.end());
+  return seconds[static_cast<size_t>(repeats / 2)];
+}
+
+std::vector<float> random_floats(int64_t count) {
+  std::mt19937 generator(1);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(static_cast<size_t>(count));
+  for (float& value : values) value = normal(generator);
+  return values;
+}
+
+struct Tokens {
+  AlignedBuffer<uint8_t> entries;
+  std::vector<float> values;
+  std::vector<TableView> tables;
+
+  Tokens(const KernelTable& kernels, const HlqShape& shape, int64_t count)
+      : entries(static_cast<size_t>(count * shape.slots() * 16)),
+        values(static_cast<size_t>(2 * count * shape.segments())) {
+    const std::vector<float> x = random_floats(shape.in_features);
+    for (int64_t t = 0; t < count; ++t) {
+      float* segments = values.data() + 2 * t * shape.segments();
+      tables.push_back({entries.data() + t * shape.slots() * 16, segments, segments + shape.segments()});
+      kernels.build_tables(x.data(), shape.in_features, shape.segment_size(), tables.back());
+    }
+  }
+};
+
+AlignedBuffer<uint8_t> random_packed(const KernelTable& kernels, const HlqShape& shape, ThreadPool& pool) {
+  std::vector<uint8_t> planes(static_cast<size_t>(shape.bits * shape.out_features * ((shape.in_features + 7) / 8)));
+  std::mt19937 generator(2);
+  for (uint8_t& byte : planes) byte = static_cast<uint8_t>(generator());
+  const std::vector<uint16_t> scales(static_cast<size_t>(shape.out_features * shape.groups() * shape.bits),
+                                     float_to_half(0.01f));
+  const HlqView view{shape, planes.data(), scales.data(), scales.data()};
+  AlignedBuffer<uint8_t> packed(static_cast<size_t>(kernels.packed_bytes(shape)));
+  pool.run_ranges(shape.out_features, kernels.row_tile,
+                  [&](int64_t begin, int64_t end) { kernels.pack(view, begin, end, packed.data()); });
+  return packed;
+}
+
+void print(const KernelTable& kernels, const std::string& what, const std::string& figures) {
+  std::printf("{\"isa\": \"%s\", \"kernel\": \"%s\", %s}\n", std::string(kernels.isa).c_str(), what.c_str(),
+              figures.c_str());
+  std::fflush(stdout);
+}
+
+std::string figure(const char* name, double value) {
+  char text[96];
+  std::snprintf(text, sizeof text, "\"%s\": %.4g", name, value);
+  return text;
+}
+
+/// One token against a matrix much larger than the caches: how near the memory's speed.
+void bench_decode(const KernelTable& kernels, ThreadPool& pool, int bits, int64_t group_size, int64_t rows,
+                  bool in_memory) {
+  const HlqShape shape{.out_features = rows, .in_features = 4096, .bits = bits, .group_size = group_size};
+  const auto packed = random_packed(kernels, shape, pool);
+  const Tokens tokens(kernels, shape, 1);
+  std::vector<float> y(static_cast<size_t>(shape.out_features));
+  const int repeats = in_memory ? 7 : 50;
+  const double seconds = median_seconds(repeats, [&] {
+    pool.run_ranges(shape.out_features, kernels.row_tile, [&](int64_t begin, int64_t end) {
+      kernels.matmul(shape, packed.data(), tokens.tables.data(), 1, begin, end, y.data(), shape.out_features);
+    });
+  });
+  const double rate = static_cast<double>(kernels.packed_bytes(shape)) / seconds / 1e9;
+  std::string figures =
+      figure("bits", bits) + ", " + figure("group_size", static_cast<double>(group_size)) + ", " + figure("gb_s", rate);
+  if (in_memory) {
+    const double bandwidth = read_bandwidth(pool, int64_t{512} << 20, 5) / 1e9;
+    figures += ", " + figure("read_bandwidth_gb_s", bandwidth) + ", " + figure("fraction", rate / bandwidth);
+  }
+  print(kernels, in_memory ? "gemv, memory" : "gemv, L2", figures);
+}
+
+void bench_prefill(const KernelTable& kernels, ThreadPool& pool, int bits, int64_t count) {
+  const HlqShape shape{.out_features = 4096, .in_features = 4096, .bits = bits, .group_size = 128};
+  const auto packed = random_packed(kernels, shape, pool);
+  const Tokens tokens(kernels, shape, count);
+  std::vector<float> y(static_cast<size_t>(shape.out_features * count));
+  const double seconds = median_seconds(5, [&] {
+    pool.run_ranges(shape.out_features, kernels.row_tile, [&](int64_t begin, int64_t end) {
+      kernels.matmul(shape, packed.data(), tokens.tables.data(), count, begin, end, y.data(), shape.out_features);
+    });
+  });
+  const double work = static_cast<double>(shape.out_features * shape.in_features * count);
+  print(kernels, "gemm",
+        figure("bits", bits) + ", " + figure("tokens", static_cast<double>(count)) + ", " +
+            figure("gmac_s", work / seconds / 1e9));
+}
+
+void bench_tables(const KernelTable& kernels) {
+  const HlqShape shape{.out_features = 1, .in_features = 4096, .bits = 2, .group_size = 128};
+  Tokens tokens(kernels, shape, 1);
+  const std::vector<float> x = random_floats(4096);
+  const double seconds = median_seconds(20, [&] {
+    for (int i = 0; i < 100; ++i) kernels.build_tables(x.data(), 4096, 128, tokens.tables[0]);
+  });
+  print(kernels, "build_tables", figure("columns", 4096) + ", " + figure("us", seconds * 1e4));
+}
+
+void bench_dense(const KernelTable& kernels, ThreadPool& pool, int64_t rows, int64_t count) {
+  constexpr int64_t kIn = 4096;
+  AlignedBuffer<uint16_t> weights(static_cast<size_t>(rows * kIn));
+  std::fill_n(weights.data(), weights.size(), uint16_t{0x3c00});
+  const std::vector<float> x = random_floats(kIn * count);
+  std::vector<float> y(static_cast<size_t>(rows * count));
+  const double seconds = median_seconds(5, [&] {
+    pool.run_ranges(rows, 4, [&](int64_t begin, int64_t end) {
+      kernels.matmul_dense(DenseType::kBFloat16, weights.data(), kIn, x.data(), kIn, count, begin, end, y.data(), rows);
+    });
+  });
+  const double work = static_cast<double>(rows * kIn);
+  print(kernels, "dense bf16",
+        figure("tokens", static_cast<double>(count)) + ", " + figure("gb_s", 2 * work / seconds / 1e9) + ", " +
+            figure("gmac_s", work * static_cast<double>(count) / seconds / 1e9));
+}
+
+void bench_attention(const KernelTable& kernels, int64_t heads, int64_t length) {
+  constexpr int64_t kHeadDim = 128;
+  const std::vector<uint16_t> cache(static_cast<size_t>(length * kHeadDim), float_to_half(0.1f));
+  const std::vector<float> q = random_floats(heads * kHeadDim);
+  std::vector<float> scores(static_cast<size_t>(heads * length));
+  std::vector<float> out(static_cast<size_t>(heads * kHeadDim));
+  const KvSpan span{cache.data(), cache.data(), length};
+  const double seconds = median_seconds(
+      20, [&] { kernels.attention(q.data(), heads, kHeadDim, &span, 1, 0.1f, scores.data(), out.data()); });
+  const double work = static_cast<double>(2 * heads * length * kHeadDim);
+  print(kernels, "attention",
+        figure("heads", static_cast<double>(heads)) + ", " + figure("length", static_cast<double>(length)) + ", " +
+            figure("gmac_s", work / seconds / 1e9) + ", " +
+            figure("cache_gb_s", work / static_cast<double>(heads) * 2 / seconds / 1e9));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  ThreadPool pool(argc > 1 ? std::atoi(argv[1]) : 1);
+  const std::string only = argc > 2 ? argv[2] : "";
+  std::printf("{\"cpu\": \"%s\", \"threads\": %d}\n", cpu_model_name().c_str(), pool.size());
+  for (const std::string_view isa : available_isas()) {
+    if (only.empty() ? isa == "scalar" : isa != only) continue;
+    const KernelTable& kernels = select_kernels(isa);
+    for (const int bits : {1, 2, 3, 4}) {
+      bench_decode(kernels, pool, bits, 128, 262144 / bits, true);
+      bench_decode(kernels, pool, bits, 128, 768 / bits / 64 * 64, false);
+    }
+    bench_decode(kernels, pool, 2, 32, 131072, true);
+    for (const int bits : {1, 2, 3, 4}) bench_prefill(kernels, pool, bits, 64);
+    bench_prefill(kernels, pool, 2, 4);
+    bench_prefill(kernels, pool, 2, 512);
+    bench_tables(kernels);
+    bench_dense(kernels, pool, 65536, 1);
+    bench_dense(kernels, pool, 1024, 64);
+    bench_attention(kernels, 1, 2048);
+    bench_attention(kernels, 4, 2048);
+  }
+  return 0;
+}
