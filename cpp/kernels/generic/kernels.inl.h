@@ -13,7 +13,7 @@
 //   scale_by_power(v, n)          v with the bit pattern of n, shifted left by 23, added to its own
 //   square_root(f)                of one float
 //   kDenseRows, kDenseTokens      block of outputs whose sums fit the registers
-//   kMostTokens[bits]             most tokens per pass whose integer sums fit the registers: 1, 2, 4, 6 or 8
+//   kMostTokens[bits]             most tokens per pass whose integer sums fit the registers: 1, 2 or 4
 //   Lookup                        by including byte_rows.inl.h or quad_slots.inl.h
 //
 // Everything is in unnamed namespaces and no template or inline function of the standard library is used: the linker

@@ -3,56 +3,53 @@
 namespace elutq {
 namespace {
 
-constexpr int kParts = kStripRows / kLanes;
 constexpr int64_t kBlockEntries = kBlockColumns / kSlotColumns * 16;  // bytes of tables per block
 
-/// Segments [begin, end) of strips [first_strip, first_strip + strips) of one tile.
-/// acc: [tokens][strips * kStripRows], the sums so far.
-template <int bits, int tokens, int strips>
-[[gnu::noinline]] void multiply(const Layout& layout, const uint8_t* tile, int first_strip, const TableView* tables,
-                                int64_t begin, int64_t end, float* acc) {
+/// Segments [begin, end) of one tile. acc: [tokens][kTileRows], the sums so far.
+template <int bits, int tokens>
+[[gnu::noinline]] void multiply(const Layout& layout, const uint8_t* tile, const TableView* tables, int64_t begin,
+                                int64_t end, float* acc) {
   int64_t group = begin / layout.segments_per_group;
   int64_t segment_in_group = begin - group * layout.segments_per_group;
   int64_t block = begin * layout.segment_blocks;
   for (int64_t segment = begin; segment < end; ++segment) {
-    const uint8_t* parameters = tile + group * layout.group_bytes + first_strip * kStripRows * 2;
-    const uint8_t* planes = tile + group * layout.group_bytes + layout.parameter_bytes +
-                            segment_in_group * layout.segment_blocks * layout.block_bytes +
-                            first_strip * bits * kStripBytes;
+    const uint8_t* parameters = tile + group * layout.group_bytes;
+    const uint8_t* planes =
+        parameters + layout.parameter_bytes + segment_in_group * layout.segment_blocks * layout.block_bytes;
     const int64_t blocks = min_of(layout.segment_blocks, layout.blocks - block);
 
     // Every entry is stored with 128 added; padding columns too, whose entries are exactly 128.
     const Sums start = start_sums(static_cast<int>(blocks * (kBlockColumns / kSlotColumns) * -128));
-    Sums sums[strips][bits][tokens];
-    unroll<strips>([&](auto s) ELUTQ_FLAT {
+    Sums sums[kStrips][bits][tokens];
+    unroll<kStrips>([&](auto s) ELUTQ_FLAT {
       unroll<bits>([&](auto p) ELUTQ_FLAT { unroll<tokens>([&](auto t) ELUTQ_FLAT { sums[s][p][t] = start; }); });
     });
     const uint8_t* entries[tokens];
     unroll<tokens>([&](auto t) ELUTQ_FLAT { entries[t] = tables[t].entries + block * kBlockEntries; });
     for (int64_t b = 0; b < blocks; ++b) {
-      unroll<strips>([&](auto s) ELUTQ_FLAT {
+      unroll<kStrips>([&](auto s) ELUTQ_FLAT {
         Lookup::template add_block<bits, tokens>(planes + s * bits * kStripBytes, entries, sums[s]);
       });
       planes += layout.block_bytes;
       unroll<tokens>([&](auto t) ELUTQ_FLAT { entries[t] += kBlockEntries; });
     }
 
-    unroll<strips>([&](auto s) ELUTQ_FLAT {
-      unroll<kParts>([&](auto part) ELUTQ_FLAT {
-        const int row = s * kStripRows + part * kLanes;
-        Floats scales[bits];
-        Floats mid = load_half(parameters + (bits * kTileRows + row) * 2);
-        unroll<bits>([&](auto p) ELUTQ_FLAT {
-          scales[p] = load_half(parameters + (p * kTileRows + row) * 2);
-          mid = fma(splat(0.5f), scales[p], mid);
-        });
-        unroll<tokens>([&](auto t) ELUTQ_FLAT {
-          Floats u = scales[0] * to_floats(sums[s][0][t], part);
-          unroll<bits, 1>([&](auto p) ELUTQ_FLAT { u = fma(scales[p], to_floats(sums[s][p][t], part), u); });
-          float* to = acc + t * (strips * kStripRows) + row;
-          const Floats with_planes = fma(u, splat(tables[t].scales[segment]), load(to));
-          store(fma(mid, splat(tables[t].sums[segment]), with_planes), to);
-        });
+    unroll<kTileRows / kLanes>([&](auto i) ELUTQ_FLAT {
+      constexpr int kRow = i * kLanes;
+      constexpr int kStrip = kRow / kStripRows;
+      constexpr int kPart = kRow % kStripRows / kLanes;
+      Floats scales[bits];
+      Floats mid = load_half(parameters + (bits * kTileRows + kRow) * 2);
+      unroll<bits>([&](auto p) ELUTQ_FLAT {
+        scales[p] = load_half(parameters + (p * kTileRows + kRow) * 2);
+        mid = fma(splat(0.5f), scales[p], mid);
+      });
+      unroll<tokens>([&](auto t) ELUTQ_FLAT {
+        Floats u = scales[0] * to_floats(sums[kStrip][0][t], kPart);
+        unroll<bits, 1>([&](auto p) ELUTQ_FLAT { u = fma(scales[p], to_floats(sums[kStrip][p][t], kPart), u); });
+        float* to = acc + t * kTileRows + kRow;
+        const Floats with_planes = fma(u, splat(tables[t].scales[segment]), load(to));
+        store(fma(mid, splat(tables[t].sums[segment]), with_planes), to);
       });
     });
     block += layout.segment_blocks;
@@ -63,34 +60,28 @@ template <int bits, int tokens, int strips>
   }
 }
 
-/// The same for one whole tile, with the sums so far in y (when begin > 0). rows: how many of the tile exist.
-template <int bits, int tokens, int strips>
+/// The same with the sums so far in y when begin > 0. rows: how many of the tile exist.
+template <int bits, int tokens>
 void multiply_tile(const Layout& layout, const uint8_t* tile, const TableView* tables, int64_t begin, int64_t end,
                    int64_t rows, float* y, int64_t y_stride) {
-  constexpr int64_t kRows = strips * kStripRows;
-  for (int first_strip = 0; first_strip < kStrips; first_strip += strips) {
-    const int64_t first_row = first_strip * kStripRows;
-    const int64_t left = min_of(kRows, rows - first_row);
-    if (left <= 0) return;
-    alignas(64) float acc[tokens * kRows] = {};
-    const auto copy_rows = [left](float* to, const float* from) {
-      if (left == kRows) {
-        std::memcpy(to, from, kRows * sizeof(float));
-      } else {
-        std::memcpy(to, from, static_cast<size_t>(left) * sizeof(float));
-      }
-    };
-    if (begin > 0) {
-      for (int t = 0; t < tokens; ++t) copy_rows(acc + t * kRows, y + t * y_stride + first_row);
+  alignas(64) float acc[tokens * kTileRows] = {};
+  const auto copy_rows = [rows](float* to, const float* from) {
+    if (rows >= kTileRows) {
+      std::memcpy(to, from, kTileRows * sizeof(float));
+    } else {
+      std::memcpy(to, from, static_cast<size_t>(rows) * sizeof(float));
     }
-    multiply<bits, tokens, strips>(layout, tile, first_strip, tables, begin, end, acc);
-    for (int t = 0; t < tokens; ++t) copy_rows(y + t * y_stride + first_row, acc + t * kRows);
+  };
+  if (begin > 0) {
+    for (int t = 0; t < tokens; ++t) copy_rows(acc + t * kTileRows, y + t * y_stride);
   }
+  multiply<bits, tokens>(layout, tile, tables, begin, end, acc);
+  for (int t = 0; t < tokens; ++t) copy_rows(y + t * y_stride, acc + t * kTileRows);
 }
 
-// Tables of one pass, tokens * columns * 4 bytes, stay in the first-level cache; the rows of one chunk, read again for
-// every pass, in the second.
-constexpr int64_t kTableBytes = 20 * 1024;
+// Tables of one pass, tokens * columns * 4 bytes, about fill the first-level cache; the rows of one chunk, read again
+// for every pass, in the second.
+constexpr int64_t kTableBytes = 32 * 1024;
 constexpr int64_t kChunkBytes = 384 * 1024;
 
 /// All rows of a chunk for `tokens` tokens, columns in runs whose tables fit the first-level cache.
@@ -103,8 +94,7 @@ void multiply_chunk(const Layout& layout, const uint8_t* packed, const TableView
     const int64_t end = min_of(begin + run, layout.segments);
     for (int64_t row = row_begin; row < row_end; row += kTileRows) {
       const uint8_t* tile = packed + row / kTileRows * layout.tile_bytes;
-      constexpr int kStripsPerPass = tokens == 1 ? kStrips : 1;
-      multiply_tile<bits, tokens, kStripsPerPass>(layout, tile, tables, begin, end, row_end - row, y + row, y_stride);
+      multiply_tile<bits, tokens>(layout, tile, tables, begin, end, row_end - row, y + row, y_stride);
     }
   }
 }
@@ -131,7 +121,6 @@ void matmul_bits(const HlqShape& shape, const uint8_t* packed, const TableView* 
     float* to = y;
     constexpr int kMost = kMostTokens[bits];
     take_tokens<bits, kMost>(layout, packed, next, left, begin, end, to, y_stride);
-    if constexpr (kMost > 4) take_tokens<bits, 4>(layout, packed, next, left, begin, end, to, y_stride);
     if constexpr (kMost > 2) take_tokens<bits, 2>(layout, packed, next, left, begin, end, to, y_stride);
     if constexpr (kMost > 1) take_tokens<bits, 1>(layout, packed, next, left, begin, end, to, y_stride);
   }

@@ -11,7 +11,7 @@ namespace elutq {
 namespace {
 
 constexpr int64_t kBlockColumns = kColumnPadding;
-constexpr int64_t kTileRows = Lookup::kTileRows;
+constexpr int kTileRows = Lookup::kTileRows;
 constexpr int kStripRows = Lookup::kStripRows;
 constexpr int kStrips = Lookup::kTileRows / kStripRows;
 constexpr int64_t kStripBytes = kStripRows * kBlockColumns / 8;  // of one plane

@@ -8,8 +8,8 @@
 //
 // which is 32 columns: one block is one vector per 16 rows. Setting bits 4 and 5 of byte j to j turns a nibble into an
 // index into the 64 bytes of four consecutive tables; the four bytes found belong to one row, and one instruction adds
-// them to the row's 32-bit sum. A tile has two strips of 16 rows: one token takes both at once, to have sums enough in
-// flight; several tokens take them one after the other.
+// them to the row's 32-bit sum. A tile has two strips of 16 rows: enough sums in flight for one
+// token, and every load of a table serves both.
 //
 // The instruction set offers: Bytes (64), load_bytes, low_index, high_index, lookup; Sums (16 x 32 bits),
 // start_sums(int) (all the same), add(Sums&, Bytes), to_floats(Sums, part).

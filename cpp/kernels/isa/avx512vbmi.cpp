@@ -6,7 +6,7 @@
 namespace elutq {
 namespace {
 
-constexpr int kMostTokens[] = {0, 8, 8, 6, 4};
+constexpr int kMostTokens[] = {0, 4, 4, 2, 2};
 
 using Bytes = __m512i;
 struct Sums {
