@@ -65,3 +65,43 @@ def available_isas() -> list[str]:
 
 def read_bandwidth(threads: int, bytes: int = ..., passes: int = ...) -> float:  # noqa: A002
     """GB/s at which `threads` threads read `bytes` bytes of memory, best of `passes`."""
+
+def cpu_model_name() -> str:
+    """Marketing name of the CPU, or 'unknown'."""
+
+def hlq_linear(
+    isa: str,
+    planes: NDArray[np.uint8],
+    scales: NDArray[np.uint16],
+    zeros: NDArray[np.uint16],
+    in_features: int,
+    group_size: int,
+    x: NDArray[np.float32],
+    threads: int = 1,
+    exact: bool = False,
+) -> NDArray[np.float32]:
+    """x [tokens, in_features] times the transposed matrix -> float32 [tokens, out_features]."""
+
+def fit_hlq(
+    weights: NDArray[np.generic],
+    type: str,  # noqa: A002
+    group_size: int,
+    method: str,
+    importance: NDArray[np.float32] | None,
+    planes: NDArray[np.uint8],
+    scales: NDArray[np.uint16],
+    zeros: NDArray[np.uint16],
+    threads: int,
+) -> float:
+    """Quantize weights into planes, scales and zeros; the largest magnitude, NaN when a weight is NaN."""
+
+def squared_error(
+    weights: NDArray[np.generic],
+    type: str,  # noqa: A002
+    group_size: int,
+    planes: NDArray[np.uint8],
+    scales: NDArray[np.uint16],
+    zeros: NDArray[np.uint16],
+    threads: int,
+) -> tuple[float, float]:
+    """||W - W~||^2 and ||W||^2 of weights and their quantized form."""

@@ -32,12 +32,12 @@ class HlqMatrix:
     @property
     def bits(self) -> int:
         """Bit planes per weight."""
-        return self.planes.shape[0]
+        return int(self.planes.shape[0])
 
     @property
     def out_features(self) -> int:
         """Rows of the matrix."""
-        return self.planes.shape[1]
+        return int(self.planes.shape[1])
 
     @property
     def nbytes(self) -> int:
@@ -55,4 +55,5 @@ def unpack_codes(planes: NDArray[np.uint8], in_features: int) -> NDArray[np.uint
     """Planes uint8 [bits, out_features, bytes] -> codes uint8 (out_features, in_features)."""
     bits = np.unpackbits(planes, axis=-1, count=in_features, bitorder="little")
     shifts = np.arange(planes.shape[0], dtype=np.uint8)[:, None, None]
-    return np.bitwise_or.reduce(bits << shifts, axis=0)
+    codes: NDArray[np.uint8] = np.bitwise_or.reduce(bits << shifts, axis=0)
+    return codes
