@@ -1,7 +1,7 @@
 """One quantized matrix, and bit planes <-> codes.
 
-A code is the integer `sum_p bit_p * 2**p`; the planes hold its bits, plane p first to last, least significant column
-first (`docs/format.md`).
+A code is the integer `sum_p bit_p * 2**p`; the planes hold its bits, plane p first to last, least significant
+column first (`docs/format.md`).
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class HlqMatrix:
 
 
 def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Codes uint8 (out_features, in_features), each below 2**bits -> planes uint8 [bits, out_features, bytes]."""
+    """Codes uint8 (out_features, in_features), below 2**bits -> planes uint8 [bits, out_features, bytes]."""
     shifts = np.arange(bits, dtype=np.uint8)[:, None, None]
     return np.packbits((codes[None] >> shifts) & 1, axis=-1, bitorder="little")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from elutq import __version__, hlq
 from elutq.architectures import EMBEDDING, HEAD, EngineConfig
@@ -28,6 +29,7 @@ from elutq.checkpoint import (
     side_files,
 )
 from elutq.errors import InvalidArgumentError, TensorValueError
+from elutq.importance import input_importance
 from elutq.report import ModelSummary, SquaredError, summarize
 from elutq.scheme import FORMAT_VERSION, MAX_BITS, ModelScheme, QuantScheme
 
@@ -85,6 +87,7 @@ def quantize(
     method: str = "hlq",
     lm_head_bits: int | None = None,
     embedding_bits: int | None = None,
+    importance: bool | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -104,6 +107,8 @@ def quantize(
         lm_head_bits: 1 to 4 (in groups of 128), or 16 to leave the head as it is. By default 4 if it has at
             least 2^24 weights, else 16. A tied head is the embedding.
         embedding_bits: the same for the embedding.
+        importance: weigh columns by `importance.input_importance`; by default for method "hlq" alone, so that
+            the others stay what they are known as.
         threads: all CPUs by default.
         overwrite: replace an existing quantized model at `out`, or partial output of another run.
         shard_bytes: most tensor bytes in one weight file.
@@ -120,6 +125,8 @@ def quantize(
     started = time.monotonic()
     if method not in hlq.METHODS:
         raise InvalidArgumentError(f"method must be one of {', '.join(hlq.METHODS)}, not {method!r}")
+    if importance is None:
+        importance = method == "hlq"
     if threads is not None and threads < 1:
         raise InvalidArgumentError(f"threads must be at least 1, not {threads}")
     if type(shard_bytes) is not int or shard_bytes < 1:
@@ -133,12 +140,14 @@ def quantize(
         writer = CheckpointWriter(
             out,
             [spec for part in parts for spec in part.specs(found)],
-            _fingerprint(checkpoint, scheme, method),
+            _fingerprint(checkpoint, scheme, method, importance),
             shard_bytes=shard_bytes,
             overwrite=overwrite,
         )
         with writer:
-            job = _Job(checkpoint, writer, method, threads, progress or (lambda done, total, name: None))
+            job = _Job(
+                checkpoint, writer, method, importance, threads, progress or (lambda done, total, name: None)
+            )
             weights = job.run(parts)
             errors = {part.name: SquaredError(**writer.done[part.name]) for part in parts if part.scheme}
             seconds = time.monotonic() - started
@@ -147,7 +156,7 @@ def quantize(
                 source=os.fspath(source),
                 out=str(writer.out),
                 model_type=checkpoint.engine.model_type,
-                settings={**scheme.to_config(), "method": method},
+                settings={**scheme.to_config(), "method": method, "importance": importance},
                 versions={
                     "elutq": __version__,
                     "format": FORMAT_VERSION,
@@ -203,12 +212,14 @@ class _Job:
         checkpoint: Checkpoint,
         writer: CheckpointWriter,
         method: str,
+        importance: bool,
         threads: int | None,
         progress: Progress,
     ) -> None:
         self._checkpoint = checkpoint
         self._writer = writer
         self._method = method
+        self._importance = importance
         self._threads = threads
         self._progress = progress
 
@@ -232,6 +243,7 @@ class _Job:
         groups = part.scheme.groups(columns)
         row_bytes = -(-columns // 8)
         source = self._checkpoint.read(part.source)
+        importance = self._input_importance(part) if self._importance else None
         measured = SquaredError(0.0, 0.0)
         for piece in _row_pieces(rows, columns):
             weight = source[piece]
@@ -239,6 +251,7 @@ class _Job:
                 weight,
                 part.scheme.bits,
                 part.scheme.group_size,
+                weights=importance,
                 method=self._method,
                 threads=self._threads,
                 name=part.source,
@@ -253,6 +266,14 @@ class _Job:
             self._checkpoint.release(part.source)
             yield weight.size
         self._writer.commit(part.name, part.tensors, asdict(measured))
+
+    def _input_importance(self, part: Part) -> NDArray[np.float32] | None:
+        def read(name: str, rows: slice) -> NDArray[np.float32]:
+            values = self._checkpoint.read_float32(name, rows)
+            self._checkpoint.release(name)
+            return values
+
+        return input_importance(part.name, self._checkpoint.engine, read)
 
     def _copy(self, part: Part) -> Iterator[int]:
         """Copy a matrix or vector as it is; yields the weights done after each piece."""
@@ -279,13 +300,14 @@ def _row_pieces(rows: int, columns: int) -> Iterator[slice]:
         yield slice(first, min(first + step, rows))
 
 
-def _fingerprint(checkpoint: Checkpoint, scheme: ModelScheme, method: str) -> str:
+def _fingerprint(checkpoint: Checkpoint, scheme: ModelScheme, method: str, importance: bool) -> str:
     """Names the source's content and every setting that the result depends on."""
     files = sorted({checkpoint.info(name).file for name in checkpoint.names()})
     return json.dumps(
         {
             "elutq": __version__,
             "method": method,
+            "importance": importance,
             "scheme": scheme.to_config(),
             "config": checkpoint.config,
             "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],

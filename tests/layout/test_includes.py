@@ -1,4 +1,4 @@
-"""The import rules that no off-the-shelf linter knows: rooms of the C++ core, and who may touch the compiled module."""
+"""Import rules no off-the-shelf linter knows: rooms of the C++ core, and users of the compiled module."""
 
 import ast
 import re

@@ -18,6 +18,7 @@ import elutq.quantize
 from elutq import errors, hlq
 from elutq.architectures import EMBEDDING, HEAD, engine_config
 from elutq.checkpoint import Checkpoint
+from elutq.importance import input_importance
 from elutq.quantize import plan, quantize
 from elutq.report import describe
 from elutq.scheme import QuantScheme
@@ -42,12 +43,28 @@ def test_matrices_are_what_the_solver_returns(
         assert len(after.schemes) == 7
         for module in after.schemes:
             weight = before.read_float32(f"{module}.weight")
-            expected = hlq.fit(weight, 2, 32, method=method)
+            columns = None
+            if method == "hlq":
+                columns = input_importance(module, before.engine, before.read_float32)
+            expected = hlq.fit(weight, 2, 32, weights=columns, method=method)
             found = after.read_hlq(module)
             for part in ("planes", "scales", "zeros"):
                 np.testing.assert_array_equal(getattr(found, part), getattr(expected, part))
             (tensor,) = (tensor for tensor in report.summary.tensors if tensor.name == module)
             assert tensor.relative_error == pytest.approx(hlq.relative_error(weight, expected), rel=1e-5)
+
+
+def test_importance_can_be_switched(tmp_path: Path, make_folder: Make) -> None:
+    source = make_folder(tmp_path / "m")
+    for name, method, importance in (("off", "hlq", False), ("on", "uniform", True)):
+        report = quantize(source, tmp_path / name, bits=2, method=method, importance=importance)
+        assert report.settings["importance"] is importance
+        default = quantize(source, tmp_path / f"{name}-default", bits=2, method=method)
+        assert default.settings["importance"] is not importance
+        assert (
+            files(tmp_path / name)["model.safetensors"]
+            != files(tmp_path / f"{name}-default")["model.safetensors"]
+        )
 
 
 def test_other_tensors_and_files_are_kept(tmp_path: Path, make_folder: Make) -> None:

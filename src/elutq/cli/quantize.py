@@ -24,6 +24,12 @@ def quantize(
             "ao (HLQ as published), adam (its gradient variant)."
         ),
     ] = "hlq",
+    importance: Annotated[
+        bool | None,
+        typer.Option(
+            help="Weigh columns by what the norms in front tell of them; by default with hlq alone."
+        ),
+    ] = None,
     lm_head_bits: Annotated[
         int | None, typer.Option(help="1 to 4, or 16 to leave the head; by default 4 if it is large.")
     ] = None,
@@ -51,6 +57,7 @@ def quantize(
             bits=bits,
             group_size=group_size,
             method=method,
+            importance=importance,
             lm_head_bits=lm_head_bits,
             embedding_bits=embedding_bits,
             threads=threads,
