@@ -80,7 +80,7 @@ def hlq_linear(
     threads: int = 1,
     exact: bool = False,
 ) -> NDArray[np.float32]:
-    """x [tokens, in_features] times the transposed matrix -> float32 [tokens, out_features]."""
+    """Product of x [tokens, in_features] and the transposed matrix, float32 [tokens, out_features]."""
 
 def fit_hlq(
     weights: NDArray[np.generic],
