@@ -40,9 +40,10 @@ struct FitOutput {
 /// Throws std::invalid_argument when a dimension is outside what is stated above.
 void check_dimensions(const FitProblem& problem);
 
-/// Quantizes a matrix. Returns the largest magnitude among the weights, or NaN when any is NaN; unless that is at most
-/// 65504, the output is incomplete and must not be used. The result does not depend on the number of threads or on the
-/// instruction set. Throws as check_dimensions does.
+/// Quantizes a matrix. Returns the largest magnitude among the weights; or, when some are NaN, infinite or beyond the
+/// 65504 that HLQ parameters reach, the magnitude of one of them, and then the output is incomplete. Neither output nor
+/// return value depends on the number of threads or on the instruction set. Throws std::invalid_argument when a
+/// dimension is outside what is stated above.
 float fit_hlq(const FitProblem& problem, const FitOutput& output, ThreadPool& pool);
 
 }  // namespace elutq
