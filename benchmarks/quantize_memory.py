@@ -10,7 +10,6 @@ pages that happen to be mapped. Prints one JSON object.
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from elutq.architectures import engine_config
+from elutq.bench import cpu_name
 from elutq.checkpoint import CheckpointWriter, TensorSpec, model_parts
 
 LLAMA_2_7B: Mapping[str, Any] = {
@@ -118,7 +118,7 @@ def main() -> None:
                 "file_bytes": report["file_bytes"],
                 "seconds": seconds,
                 "weights_per_second": report["weights_per_second"],
-                "processor": platform.processor() or platform.machine(),
+                "cpu": cpu_name(),
             }
         )
     )
