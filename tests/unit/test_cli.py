@@ -180,7 +180,7 @@ def test_generate(quantized: Path) -> None:
     assert greedy != result["text"] + "\n"
     word = greedy.split()[2]
     assert word not in run(*command, "--stop", "nowhere", "--stop", word).stdout
-    assert run("generate", quantized, "-n", 12, stdin="Once upon a time").stdout == greedy
+    assert run("generate", quantized, "-n", 12, stdin="Once upon a time\n").stdout == greedy
 
 
 def test_bench(quantized: Path) -> None:
@@ -229,6 +229,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("generate", "{quantized}", "-p", "hi", "--stop", ""), "stop must be"),
         (("generate", "{quantized}", "-p", "hi", "--isa", "mmx"), "mmx"),
         (("generate", "{quantized}", "-p", "hi", "--threads", 0), "threads must be from 1"),
+        (("demo", "--out", "{text}"), "text.txt cannot be made a folder"),
         (("bench",), "give either a model folder or --shape"),
         (("bench", "{quantized}", "--shape", "llama-2-7b"), "give either a model folder or --shape"),
         (("bench", "--shape", "gpt-5"), "gpt-5"),

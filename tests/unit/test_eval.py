@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from elutq.errors import InvalidArgumentError
+from elutq.errors import InvalidArgumentError, TensorValueError
 from elutq.eval import evaluate, evaluate_all
 from elutq.eval import perplexity as module
 from elutq.models import bundled_model
@@ -128,6 +128,13 @@ def test_errors(ids: list[int]) -> None:
         evaluate(FakeModel(1), ids, 65)
     with pytest.raises(InvalidArgumentError, match="vocabularies differ: 50 and 60"):
         evaluate(FakeModel(1), ids, 16, reference=FakeModel(1, vocab=60))
+
+
+def test_logits_that_are_not_finite(ids: list[int]) -> None:
+    model = FakeModel(1)
+    model.table[ids[3]] = np.nan
+    with pytest.raises(TensorValueError, match="logits are not finite"):
+        evaluate(model, ids, 16)
 
 
 @pytest.mark.parametrize("context", [48, 512])

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from elutq.cli.options import JsonOption, ThreadsOption
+from elutq.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +32,10 @@ def demo(
     from elutq.demo import run_demo
 
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidArgumentError(f"{out} cannot be made a folder: {error.strerror}") from None
     place = TemporaryDirectory(prefix="elutq-demo-") if out is None else nullcontext(out)
     with place as folder, progress_bar() as progress:
         result = run_demo(Path(folder), threads=threads, progress=progress)

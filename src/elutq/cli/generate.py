@@ -42,7 +42,7 @@ def generate(
     if prompt is None:
         if sys.stdin.isatty():
             raise InvalidArgumentError("there is no prompt; give one with -p, or on stdin")
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.read().removesuffix("\n")  # the one that `echo` and editors add
     language_model = load(model, threads=threads, isa=isa)
     start = time.perf_counter()
     pieces: list[str] = []

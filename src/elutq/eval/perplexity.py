@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from elutq.errors import InvalidArgumentError
+from elutq.errors import InvalidArgumentError, TensorValueError
 
 if TYPE_CHECKING:
     from elutq.runtime import LanguageModel
@@ -67,6 +67,7 @@ def evaluate(
     Raises:
         InvalidArgumentError: the text has fewer than 2 tokens, the context does not fit, or the vocabularies
             of the two models differ.
+        TensorValueError: a model's logits are not finite.
     """
     return evaluate_all(
         [model], token_ids, context, reference=reference, max_tokens=max_tokens, progress=progress
@@ -170,6 +171,10 @@ class _Tally:
 
     def evaluation(self, context: int) -> Evaluation:
         nll = self.nll / self.tokens
+        if not math.isfinite(nll):
+            raise TensorValueError(
+                "the model's logits are not finite: its weights are damaged; fetch or quantize it again"
+            )
         return Evaluation(
             nll=nll,
             perplexity=math.exp(min(nll, 700.0)),  # beyond, a float overflows
