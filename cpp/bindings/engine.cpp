@@ -96,7 +96,7 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> step(
   const int64_t rows = std::accumulate(items.begin(), items.end(), int64_t{0},
                                        [](int64_t sum, const StepItem& item) { return sum + item.logit_rows(); });
   const int64_t vocab = engine.config().vocab_size;
-  auto logits = std::make_unique<float[]>(static_cast<size_t>(rows * vocab));
+  auto logits = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(rows * vocab));
   {
     const nb::gil_scoped_release release;
     engine.step(items, logits.get());
@@ -136,7 +136,6 @@ void bind_engine(nb::module_& m) {
       .def("set_float16", &set_dense<DenseType::kFloat16, uint16_t>, "name"_a, "values"_a)
       .def("set_bfloat16", &set_dense<DenseType::kBFloat16, uint16_t>, "name"_a, "values"_a)
       .def("set_vector", &set_vector, "name"_a, "values"_a)
-      .def("check_complete", [](const Engine& engine) { engine.weights().check_complete(); })
       .def("new_sequence", &Engine::new_sequence, "max_positions"_a)
       .def("step", &step, "batch"_a, "all_logits"_a);
 
