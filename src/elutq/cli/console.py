@@ -17,7 +17,7 @@ _WIDTH_WITHOUT_TERMINAL = 120
 
 def print_json(result: Mapping[str, Any]) -> None:
     """One object on one line of stdout."""
-    sys.stdout.write(json.dumps(result, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
     sys.stdout.flush()
 
 
