@@ -26,15 +26,14 @@ template <int heads, int positions>
 ELUTQ_INLINE void score_block(const float* q, int64_t head_dim, const uint16_t* keys, float scale, float* scores,
                               int64_t total) {
   Floats sums[heads][positions] = {};
-  for_each_half_run(
-      head_dim, [&](auto load_q, auto load_key) __attribute__((always_inline)) {
-        Floats k[positions];
-        unroll<positions>([&](auto j) ELUTQ_FLAT { k[j] = load_key(keys + j * head_dim); });
-        unroll<heads>([&](auto h) ELUTQ_FLAT {
-          const Floats v = load_q(q + h * head_dim);
-          unroll<positions>([&](auto j) ELUTQ_FLAT { sums[h][j] = fma(v, k[j], sums[h][j]); });
-        });
-      });
+  for_each_half_run(head_dim, [&](auto load_q, auto load_key) ELUTQ_FLAT {
+    Floats k[positions];
+    unroll<positions>([&](auto j) ELUTQ_FLAT { k[j] = load_key(keys + j * head_dim); });
+    unroll<heads>([&](auto h) ELUTQ_FLAT {
+      const Floats v = load_q(q + h * head_dim);
+      unroll<positions>([&](auto j) ELUTQ_FLAT { sums[h][j] = fma(v, k[j], sums[h][j]); });
+    });
+  });
   for (int h = 0; h < heads; ++h) {
     for (int j = 0; j < positions; ++j) scores[h * total + j] = scale * reduce_add(sums[h][j]);
   }

@@ -30,7 +30,7 @@ template <DenseType type, bool kAdd, int rows, int tokens>
 void dense_block(const uint8_t* weights, int64_t row_bytes, int64_t columns, const float* x, int64_t x_stride, float* y,
                  int64_t y_stride) {
   Floats sums[rows][tokens] = {};
-  const auto step = [&](auto load_w, auto load_x) __attribute__((always_inline)) {
+  const auto step = [&](auto load_w, auto load_x) ELUTQ_FLAT {
     Floats w[rows];
     unroll<rows>([&](auto r) ELUTQ_FLAT { w[r] = load_w(weights + r * row_bytes); });
     unroll<tokens>([&](auto t) ELUTQ_FLAT {

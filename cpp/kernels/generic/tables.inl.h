@@ -24,7 +24,7 @@ void build_tables(const float* x, int64_t in_features, int64_t segment_size, Tab
     const int64_t end = min_of(begin + segment_size, in_features);
     Floats sum = zeros();
     Floats largest = zeros();
-    const auto scan = [&](Floats v) __attribute__((always_inline)) {
+    const auto scan = [&](Floats v) ELUTQ_FLAT {
       sum = sum + v;
       v = abs(v);
       v = v + swap_neighbors(v);

@@ -6,7 +6,7 @@
 namespace elutq {
 namespace {
 
-constexpr int kMostTokens[] = {0, 4, 4, 4, 2};
+constexpr int kMostTokens[] = {0, 2, 2, 1, 1};
 
 constexpr int kBytes = 64;
 using Bytes = __m512i;
