@@ -11,7 +11,7 @@ alignas(64) constexpr float kSigns[kSlotColumns][kLanes] = {
     {-1, -1, -1, -1, -1, -1, -1, -1, 1, 1, 1, 1, 1, 1, 1, 1},
 };
 
-/// The 16 entries of one slot. Adding 1.5 * 2^23 + 128 rounds to an integer whose low byte is 128 + that integer.
+/// The 16 entries of one slot, from twice their values. Adding 1.5 * 2^23 + 128 rounds to an integer whose low byte is 128 + that integer.
 ELUTQ_INLINE void build_slot(const float* x, Floats half_inverse, uint8_t* entries) {
   const Floats low = fma(splat(x[1]), load(kSigns[1]), splat(x[0]) * load(kSigns[0]));
   const Floats high = fma(splat(x[3]), load(kSigns[3]), splat(x[2]) * load(kSigns[2]));
@@ -39,7 +39,7 @@ void build_tables(const float* x, int64_t in_features, int64_t segment_size, Tab
     tables.scales[segment] = negligible ? 0.0f : largest_entry / 127.0f;
     tables.sums[segment] = reduce_add(sum);
 
-    // Halving commutes with rounding down to the smallest normal numbers, which `negligible` keeps away.
+    // build_slot leaves its entries doubled; halving the factor instead is exact, since it is never subnormal.
     const Floats half_inverse = splat(negligible ? 0.0f : 0.5f * (127.0f / largest_entry));
     uint8_t* entries = tables.entries + begin * (16 / kSlotColumns);
     c = begin;
