@@ -149,10 +149,10 @@ SortedGroups sort_groups(const GroupBatch& batch) {
   moment.store(scratch.moment);
   for (int64_t k = 0; k < groups.count; ++k) {
     const Doubles a = convert<double>(Floats::load(scratch.importance + k * kLanes));
-    const Doubles value = convert<double>(Floats::load(x + k * kLanes));
-    const Doubles weighted_value = select(a < Doubles(0x1p-1000), 0.0, a * value);  // not 0 * inf past the end
-    moment += weighted_value;
-    square += select(a < Doubles(0x1p-1000), 0.0, weighted_value * value);
+    // Past a group's end lies +inf with importance 0; limited, their product is 0.
+    const Doubles value = min(convert<double>(Floats::load(x + k * kLanes)), Doubles(kHalfMax));
+    moment += a * value;
+    square += a * value * value;
     mass += a;
     moment.store(scratch.moment + (k + 1) * kLanes);
     if (weighted) mass.store(scratch.mass + (k + 1) * kLanes);
