@@ -143,9 +143,7 @@ void bind_engine(nb::module_& m) {
       .def(
           "__init__",
           [](Sampler* self, float temperature, int64_t top_k, float top_p, float min_p, float repetition_penalty,
-             uint64_t seed) {
-            new (self) Sampler({temperature, top_k, top_p, min_p, repetition_penalty, seed});
-          },
+             uint64_t seed) { new (self) Sampler({temperature, top_k, top_p, min_p, repetition_penalty, seed}); },
           "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition_penalty"_a, "seed"_a)
       .def("sample", &sample, "logits"_a, "context"_a);
 }

@@ -16,11 +16,11 @@ struct Candidate {
 /// Every table that was built, slowest first.
 const std::vector<Candidate>& candidates() {
   static const std::vector<Candidate> all = {
-    {&kScalarKernels, true},
+      {&kScalarKernels, true},
 #if defined(__x86_64__)
-    {&kAvx2Kernels, cpu_features().avx2},
-    {&kAvx512Kernels, cpu_features().avx512},
-    {&kAvx512VbmiKernels, cpu_features().avx512_vbmi},
+      {&kAvx2Kernels, cpu_features().avx2},
+      {&kAvx512Kernels, cpu_features().avx512},
+      {&kAvx512VbmiKernels, cpu_features().avx512_vbmi},
 #endif
   };
   return all;

@@ -198,7 +198,7 @@ class LanguageModel:
         tokens = self.generate_ids(
             ids, max_new_tokens=max_new_tokens, eos_token_ids=self.tokenizer.eos_token_ids, **sampling
         )
-        return stop_before(stop, _decode(tokens, self.tokenizer.stream()))
+        return stop_before(stop, _decode(tokens, self.tokenizer.stream(after=ids)))
 
     def generate_ids(
         self,

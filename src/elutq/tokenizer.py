@@ -109,9 +109,9 @@ class Tokenizer:
         """Text of `ids`. Bytes that are not UTF-8 become U+FFFD."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
-    def stream(self, skip_special_tokens: bool = True) -> "StreamDecoder":
-        """A decoder that takes one id at a time."""
-        return StreamDecoder(self, skip_special_tokens)
+    def stream(self, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> "StreamDecoder":
+        """A decoder that takes one id at a time, of a text that continues the text of `after`."""
+        return StreamDecoder(self, skip_special_tokens, after)
 
     @property
     def has_chat_template(self) -> bool:
@@ -184,19 +184,25 @@ class Tokenizer:
 class StreamDecoder:
     """Decodes ids one by one; what `push` and `flush` return, joined, is `decode` of all the ids.
 
-    A character whose bytes are spread over several tokens is held back until it is whole, and so is a run of
-    byte-fallback tokens, which the tokenizer decodes as one.
+    After a prompt, it is what these ids add to the prompt's text. That is not their own text: SentencePiece
+    tokenizers drop the space at the start of a text. A character whose bytes are spread over several tokens
+    is held back until it is whole, and so is a run of byte-fallback tokens, which is decoded as one.
     """
 
     _WINDOW = 16  # tokens decoded again with each push, at most; a character spans four tokens at most
     _OVERLAP = 8
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        """Start a new text."""
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, after: Sequence[int] = ()
+    ) -> None:
+        """Start a text, or continue the one of the ids in `after`."""
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
         self._window: list[int] = []
         self._emitted = 0  # characters of the window's text that were returned
+        for token_id in after[-self._OVERLAP :]:
+            self.push(token_id)
+        self._emitted = self._stable_length(self._decode(self._window))
 
     def push(self, token_id: int) -> str:
         """Take the next id, return the text that is now certain: often a word, sometimes nothing."""

@@ -266,6 +266,23 @@ def test_stream_holds_a_byte_fallback_run() -> None:
     assert next(p for p in pieces if "🙂" in p).startswith("🙂")
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize(
+    "text", ["the quick brown fox jumps over", "fox\n fox\n\nfox 🙂 the end", " the fox 🙂🙂"]
+)
+def test_a_continuation_keeps_the_space_between_it_and_the_prompt(name: str, text: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.encode(text)
+    whole = tokenizer.decode(ids)
+    for cut in range(len(ids)):
+        prompt = tokenizer.decode(ids[:cut])
+        if "\ufffd" in prompt:  # a character cut in two belongs to neither part
+            continue
+        decoder = tokenizer.stream(after=ids[:cut])
+        rest = "".join([*(decoder.push(i) for i in ids[cut:]), decoder.flush()])
+        assert prompt + rest == whole
+
+
 def test_incomplete_bytes_are_flushed_at_the_end() -> None:
     tokenizer = TOKENIZERS["byte-level"]
     ids = tokenizer.encode("a🙂", add_special_tokens=False)[:-1]
