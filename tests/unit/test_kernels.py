@@ -27,11 +27,19 @@ def random_matrix(
 
 
 def multiply(
-    isa: str, matrix: tuple[NDArray, ...], group_size: int, x: NDArray, **options: object
+    isa: str, matrix: tuple[NDArray, ...], group_size: int, x: NDArray, threads: int = 1, exact: bool = False
 ) -> NDArray:
     planes, scales, zeros, weight = matrix
     return _core.hlq_linear(
-        isa, planes, scales.view(np.uint16), zeros.view(np.uint16), weight.shape[1], group_size, x, **options
+        isa,
+        planes,
+        scales.view(np.uint16),
+        zeros.view(np.uint16),
+        weight.shape[1],
+        group_size,
+        x,
+        threads,
+        exact,
     )
 
 

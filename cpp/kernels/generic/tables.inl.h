@@ -11,7 +11,8 @@ alignas(64) constexpr float kSigns[kSlotColumns][kLanes] = {
     {-1, -1, -1, -1, -1, -1, -1, -1, 1, 1, 1, 1, 1, 1, 1, 1},
 };
 
-/// The 16 entries of one slot, from twice their values. Adding 1.5 * 2^23 + 128 rounds to an integer whose low byte is 128 + that integer.
+/// The 16 entries of one slot, from twice their values. Adding 1.5 * 2^23 + 128 rounds to an integer whose low byte is
+/// 128 + that integer.
 ELUTQ_INLINE void build_slot(const float* x, Floats half_inverse, uint8_t* entries) {
   const Floats low = fma(splat(x[1]), load(kSigns[1]), splat(x[0]) * load(kSigns[0]));
   const Floats high = fma(splat(x[3]), load(kSigns[3]), splat(x[2]) * load(kSigns[2]));
