@@ -22,8 +22,8 @@ import ml_dtypes
 import numpy as np
 
 from elutq.architectures import engine_config
-from elutq.bench import cpu_name
 from elutq.checkpoint import CheckpointWriter, TensorSpec, model_parts
+from elutq.runtime import cpu_name
 
 LLAMA_2_7B: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -100,15 +100,19 @@ struct Scratch {
   float* importance;
   double* moment;
   double* mass;
-  int64_t bytes;
 
   Scratch(void* memory, int64_t stride) {
-    const int64_t rows = pivot_step(stride) * (kPivots + 1);
+    const int64_t rows = value_rows(stride);
     x = static_cast<float*>(memory);
     importance = x + rows * kLanes;
     moment = reinterpret_cast<double*>(importance + rows * kLanes);
     mass = moment + (stride + 1) * kLanes;
-    bytes = static_cast<int64_t>((rows * 2 * sizeof(float) + (stride + 1) * 2 * sizeof(double)) * kLanes);
+  }
+
+  static int64_t value_rows(int64_t stride) { return pivot_step(stride) * (kPivots + 1); }
+
+  static int64_t bytes(int64_t stride) {
+    return static_cast<int64_t>((value_rows(stride) * 2 * sizeof(float) + (stride + 1) * 2 * sizeof(double)) * kLanes);
   }
 };
 
@@ -574,7 +578,7 @@ void search_bits(GroupBatch& batch) {
 
 }  // namespace
 
-int64_t scratch_bytes(int64_t stride) { return Scratch(nullptr, stride).bytes; }
+int64_t scratch_bytes(int64_t stride) { return Scratch::bytes(stride); }
 
 void search(GroupBatch& batch) {
   switch (batch.bits) {

@@ -1,7 +1,6 @@
 """Speed of a model on this machine: prefill, decode, and decode's share of what the memory allows."""
 
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -92,7 +91,7 @@ def bench(
     Raises:
         InvalidArgumentError: a count is below 1, or prompt and gen together exceed the model's limit.
     """
-    from elutq.runtime import read_bandwidth
+    from elutq.runtime import cpu_name, read_bandwidth
 
     for name, value in (("prompt", prompt), ("gen", gen), ("repeat", repeat)):
         if value < 1:
@@ -131,7 +130,7 @@ def bench(
         gen=gen,
         repeat=repeat,
         version=__version__,
-        commit=_commit(),
+        commit=source_commit(),
     )
 
 
@@ -146,19 +145,8 @@ def time_generation(model: "LanguageModel", prompt: list[int], gen: int) -> tupl
     return middle - start, time.perf_counter() - middle
 
 
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """Commit of the checkout that this file belongs to."""
+def source_commit() -> str | None:
+    """Commit of the checkout that this file belongs to, None once installed."""
     package = Path(__file__).resolve().parent
     checkout = package.parent.parent
     if not (checkout / ".git").exists() or package != checkout / "src" / "elutq":

@@ -348,6 +348,11 @@ def read_bandwidth(threads: int) -> float:
     return _core.read_bandwidth(threads, bytes=1 << 28)
 
 
+def cpu_name() -> str:
+    """The processor's marketing name, or "unknown"."""
+    return _core.cpu_model_name()
+
+
 def default_threads() -> int:
     """Physical cores that this process may run on: a second thread of one core gains nothing here."""
     cpus = os.sched_getaffinity(0)

@@ -6,8 +6,9 @@ import pytest
 
 from elutq import __version__
 from elutq import bench as module
-from elutq.bench import bench, cpu_name
+from elutq.bench import bench
 from elutq.errors import InvalidArgumentError
+from elutq.runtime import cpu_name
 from elutq.scheme import QuantScheme
 
 VOCAB = 20
