@@ -93,7 +93,7 @@ struct KvSpan {
 };
 
 struct KernelTable {
-  std::string_view isa;  ///< "scalar", "avx2", "avx512", "avx512vbmi"
+  std::string_view isa;  ///< "scalar", "avx2", "avx512", "avx512vbmi", "neon"
   /// Rows are packed in tiles of this many. Row ranges given to pack and matmul begin at a multiple of it and end at
   /// a multiple of it or at out_features.
   int64_t row_tile;

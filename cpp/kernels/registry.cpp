@@ -21,6 +21,8 @@ const std::vector<Candidate>& candidates() {
       {&kAvx2Kernels, cpu_features().avx2},
       {&kAvx512Kernels, cpu_features().avx512},
       {&kAvx512VbmiKernels, cpu_features().avx512_vbmi},
+#elif defined(__aarch64__)
+      {&kNeonKernels, true},
 #endif
   };
   return all;

@@ -1,7 +1,9 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <memory>
@@ -9,10 +11,13 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
+#include "base/half.h"
 #include "engine/engine.h"
 #include "engine/sampler.h"
+#include "kernels/kernels.h"
 
 using namespace elutq;
 
@@ -36,18 +41,10 @@ ModelConfig tiny_config() {
   return config;
 }
 
-/// Dense fp32 weights under their names, kept alive by the engine.
-void fill(Engine& engine) {
+/// All weights: vectors that are the same every time, and matrix(name, out_features, in_features) for each matrix.
+template <typename SetMatrix>
+void fill(Engine& engine, SetMatrix matrix) {
   const ModelConfig& config = engine.config();
-  unsigned seed = 0;
-  const auto matrix = [&](const std::string& name, int64_t out, int64_t in) {
-    std::mt19937 generator(++seed);
-    std::normal_distribution<float> normal(0.0F, 1.0F / std::sqrt(static_cast<float>(in)));
-    auto values = std::make_shared<std::vector<float>>(out * in);
-    for (float& value : *values) value = normal(generator);
-    const float* data = values->data();
-    engine.weights().set_dense(name, DenseType::kFloat32, data, out, in, std::move(values));
-  };
   const auto vector = [&](const std::string& name, int64_t size) {
     std::vector<float> values(size);
     std::iota(values.begin(), values.end(), 1.0F);
@@ -73,6 +70,62 @@ void fill(Engine& engine) {
     matrix(layer + "mlp.up_proj", 40, 32);
     matrix(layer + "mlp.down_proj", 32, 40);
   }
+}
+
+/// Dense fp32 matrices, kept alive by the engine.
+void fill(Engine& engine) {
+  unsigned seed = 0;
+  fill(engine, [&](const std::string& name, int64_t out, int64_t in) {
+    std::mt19937 generator(++seed);
+    std::normal_distribution<float> normal(0.0F, 1.0F / std::sqrt(static_cast<float>(in)));
+    auto values = std::make_shared<std::vector<float>>(out * in);
+    for (float& value : *values) value = normal(generator);
+    const float* data = values->data();
+    engine.weights().set_dense(name, DenseType::kFloat32, data, out, in, std::move(values));
+  });
+}
+
+/// HLQ matrices of 1 to 4 bits, from integers alone: std::normal_distribution may round differently elsewhere.
+void fill_hlq(Engine& engine) {
+  unsigned seed = 0;
+  fill(engine, [&](const std::string& name, int64_t out, int64_t in) {
+    std::mt19937 generator(++seed);
+    const HlqShape shape = {out, in, static_cast<int>(1 + seed % kMaxBits), 32};
+    std::vector<uint8_t> planes(shape.bits * out * ((in + 7) / 8));
+    for (uint8_t& byte : planes) byte = static_cast<uint8_t>(generator());
+    // Small embeddings, so that the layers have their say.
+    const float step = name == "model.embed_tokens" ? 0x1p-14F : 0x1p-9F;
+    const auto halves = [&](int64_t count) {
+      std::vector<uint16_t> values(count);
+      for (uint16_t& value : values) {
+        value = float_to_half(static_cast<float>(static_cast<int>(generator() % 512) - 256) * step);
+      }
+      return values;
+    };
+    const std::vector<uint16_t> scales = halves(out * shape.groups() * shape.bits);
+    const std::vector<uint16_t> zeros = halves(out * shape.groups());
+    engine.weights().set_hlq(name, {shape, planes.data(), scales.data(), zeros.data()});
+  });
+}
+
+/// Tokens chosen greedily after a prompt, and a hash of the bits of every logit on the way (FNV-1a).
+struct Trace {
+  std::string tokens;
+  uint64_t hash = 0xcbf29ce484222325ULL;
+};
+
+Trace greedy(Engine& engine, std::vector<int32_t> input, int count) {
+  Trace trace;
+  const auto sequence = engine.new_sequence(300);
+  for (int i = 0; i < count; ++i) {
+    std::vector<float> logits(input.size() * 50);
+    engine.step(std::array<StepItem, 1>{{{sequence.get(), input, true}}}, logits.data());
+    for (const float logit : logits) trace.hash = (trace.hash ^ std::bit_cast<uint32_t>(logit)) * 0x100000001b3ULL;
+    const auto last = logits.end() - 50;
+    input = {static_cast<int32_t>(std::max_element(last, logits.end()) - last)};
+    trace.tokens += std::to_string(input[0]) + " ";
+  }
+  return trace;
 }
 
 std::vector<int32_t> some_tokens(size_t count) {
@@ -108,6 +161,24 @@ TEST_CASE("logits do not depend on chunks, company or threads") {
       done += count;
       CHECK(std::equal(rows.begin() + 50, rows.begin() + 100, expected.begin() + (done - 1) * 50));
     }
+  }
+}
+
+TEST_CASE("every machine computes the same tokens, from the same bits") {
+  // Known answers: they change when the definition of a result does, never with the machine.
+  for (const std::string_view isa : available_isas()) {
+    CAPTURE(isa);
+    Engine engine(tiny_config(), isa, 2, false);
+    fill_hlq(engine);
+    const Trace rounded = greedy(engine, some_tokens(150), 24);
+    CHECK(rounded.tokens == "15 8 13 42 42 42 42 42 42 42 13 42 13 42 42 13 42 42 13 42 13 13 13 13 ");
+    CHECK(rounded.hash == 1117095855264203284ULL);
+
+    Engine exact_engine(tiny_config(), isa, 2, true);
+    fill_hlq(exact_engine);
+    const Trace exact = greedy(exact_engine, some_tokens(150), 24);
+    CHECK(exact.tokens == "15 8 13 42 42 42 42 42 42 13 42 42 13 42 42 13 42 42 13 42 13 13 13 13 ");
+    CHECK(exact.hash == 12086160164391734545ULL);
   }
 }
 
