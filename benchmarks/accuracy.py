@@ -16,7 +16,7 @@ from typing import Any
 
 from elutq import hlq, load
 from elutq.bench import source_commit
-from elutq.eval import evaluate, evaluate_all
+from elutq.eval import evaluate
 from elutq.quantize import quantize
 from elutq.runtime import cpu_name
 
@@ -62,8 +62,7 @@ def main() -> None:
             )
             model = load(Path(work) / "out", exact=args.exact)
             scores = [
-                evaluate_all([model], ids, args.ctx, reference=full, max_tokens=args.max_tokens)[0]
-                for ids in texts
+                evaluate(model, ids, args.ctx, reference=full, max_tokens=args.max_tokens) for ids in texts
             ]
         results.append(
             {

@@ -31,7 +31,7 @@ from elutq.checkpoint import (
 from elutq.errors import InvalidArgumentError, TensorValueError
 from elutq.importance import input_importance
 from elutq.report import ModelSummary, SquaredError, summarize
-from elutq.scheme import FORMAT_VERSION, MAX_BITS, ModelScheme, QuantScheme
+from elutq.scheme import FORMAT_VERSION, MAX_BITS, OUTER_SCHEME, ModelScheme, QuantScheme
 
 REPORT_FILE = "quantization_report.json"
 CARD_FILE = "README.md"
@@ -40,7 +40,6 @@ CARD_FILE = "README.md"
 KEEP_BITS = 16
 #: Embedding and head are quantized by default from this many weights on.
 LARGE_MATRIX = 1 << 24
-OUTER_SCHEME = QuantScheme(bits=4, group_size=128)
 
 _PIECE = 1 << 24  # weights in work at once
 

@@ -19,15 +19,13 @@ from elutq.architectures import EngineConfig, block_linears, outer_linears, vect
 from elutq.checkpoint import Checkpoint
 from elutq.errors import InvalidArgumentError, TensorValueError, TokenizerError
 from elutq.packing import HlqMatrix
-from elutq.scheme import QuantScheme
+from elutq.scheme import OUTER_SCHEME, QuantScheme
 from elutq.shapes import shape_config
 from elutq.stopping import stop_before
 from elutq.tokenizer import StreamDecoder, Tokenizer
 
 #: Prompt tokens that go through the model between two looks at Ctrl-C.
 _PREFILL_TOKENS = 512
-#: How the quantizer stores large embeddings and heads by default.
-_OUTER_SCHEME = QuantScheme(bits=4, group_size=128)
 
 SequenceState = _core.Sequence
 
@@ -332,7 +330,7 @@ def random_model(
     config = shape_config(shape) if isinstance(shape, str) else shape
     engine = _new_engine(config, isa, threads, exact)
     random = np.random.Generator(np.random.SFC64(seed))
-    for linears, linear_scheme in ((outer_linears(config), _OUTER_SCHEME), (block_linears(config), scheme)):
+    for linears, linear_scheme in ((outer_linears(config), OUTER_SCHEME), (block_linears(config), scheme)):
         for name, out_features, in_features in linears:
             _set_hlq(engine, name, _random_matrix(random, out_features, in_features, linear_scheme))
     for name, size in vectors(config):

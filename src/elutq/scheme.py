@@ -52,6 +52,10 @@ class QuantScheme:
         return out_features * (planes + 16 * (self.bits + 1) * self.groups(in_features))
 
 
+#: Of embedding and head when they are quantized by default; their groups are of this size at any bit width.
+OUTER_SCHEME = QuantScheme(bits=4, group_size=128)
+
+
 @dataclass(frozen=True)
 class ModelScheme:
     """Which modules of a model are quantized, and how: the content of `quantization_config`.
