@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elutq import _core
-from elutq.architectures import EngineConfig, block_linears, outer_linears, vectors
+from elutq.architectures import EngineConfig, vectors
 from elutq.checkpoint import Checkpoint
 from elutq.errors import InvalidArgumentError, TensorValueError, TokenizerError
 from elutq.packing import HlqMatrix
-from elutq.scheme import OUTER_SCHEME, QuantScheme
-from elutq.shapes import shape_config
+from elutq.scheme import QuantScheme
+from elutq.shapes import random_linears, shape_config
 from elutq.stopping import stop_before
 from elutq.tokenizer import StreamDecoder, Tokenizer
 
@@ -329,10 +329,8 @@ def random_model(
     scheme = QuantScheme(bits, group_size)
     config = shape_config(shape) if isinstance(shape, str) else shape
     engine = _new_engine(config, isa, threads, exact)
-    random = np.random.Generator(np.random.SFC64(seed))
-    for linears, linear_scheme in ((outer_linears(config), OUTER_SCHEME), (block_linears(config), scheme)):
-        for name, out_features, in_features in linears:
-            _set_hlq(engine, name, _random_matrix(random, out_features, in_features, linear_scheme))
+    for name, matrix in random_linears(config, scheme, seed):
+        _set_hlq(engine, name, matrix)
     for name, size in vectors(config):
         fill = 0.0 if name.endswith(".bias") else 1.0
         engine.set_vector(name, np.full(size, fill, np.float32))
@@ -399,27 +397,6 @@ def _hlq_tensors(checkpoint: Checkpoint, module: str | None) -> list[str]:
     if module not in checkpoint.schemes:
         return []
     return [f"{module}.{part}" for part in ("planes", "scales", "zeros")]
-
-
-def _random_matrix(
-    random: np.random.Generator, out_features: int, in_features: int, scheme: QuantScheme
-) -> HlqMatrix:
-    """Evenly spaced levels of mean 0 and variance 1 / in_features, so that outputs are as large as inputs."""
-    shape = (scheme.bits, out_features, -(-in_features // 8))
-    words = random.integers(0, 1 << 64, -(-np.prod(shape) // 8), np.uint64)
-    planes = words.view(np.uint8)[: np.prod(shape)].reshape(shape)
-    if in_features % 8:
-        planes[..., -1] &= (1 << in_features % 8) - 1
-    step = (12 / (in_features * (4**scheme.bits - 1))) ** 0.5
-    scales = step * 2.0 ** np.arange(scheme.bits)
-    groups = scheme.groups(in_features)
-    return HlqMatrix(
-        planes=planes,
-        scales=np.tile(scales.astype(np.float16), (out_features, groups, 1)),
-        zeros=np.full((out_features, groups), -scales.sum() / 2, np.float16),
-        in_features=in_features,
-        group_size=scheme.group_size,
-    )
 
 
 def _token_array(ids: Sequence[int]) -> NDArray[np.int32]:

@@ -1,10 +1,14 @@
-"""Configs of well-known models, for measuring speed at their shapes without their weights."""
+"""Configs of well-known models and random weights to go with them, for measuring speed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from elutq.architectures import EngineConfig, engine_config
+import numpy as np
+
+from elutq.architectures import EngineConfig, block_linears, engine_config, outer_linears
 from elutq.errors import InvalidArgumentError
+from elutq.packing import HlqMatrix
+from elutq.scheme import OUTER_SCHEME, QuantScheme
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -69,3 +73,38 @@ def shape_config(name: str) -> EngineConfig:
     if name not in SHAPES:
         raise InvalidArgumentError(f"shape {name!r:.80} is not known; choose one of {', '.join(SHAPES)}")
     return engine_config(SHAPES[name])
+
+
+def random_linears(config: EngineConfig, scheme: QuantScheme, seed: int) -> Iterator[tuple[str, HlqMatrix]]:
+    """Every linear of a model with random weights, by module name.
+
+    Args:
+        config: the model.
+        scheme: of the decoder blocks; embedding and head have `OUTER_SCHEME`.
+        seed: of the random bits.
+    """
+    random = np.random.Generator(np.random.SFC64(seed))
+    for linears, linear_scheme in ((outer_linears(config), OUTER_SCHEME), (block_linears(config), scheme)):
+        for name, out_features, in_features in linears:
+            yield name, _random_matrix(random, out_features, in_features, linear_scheme)
+
+
+def _random_matrix(
+    random: np.random.Generator, out_features: int, in_features: int, scheme: QuantScheme
+) -> HlqMatrix:
+    """Evenly spaced levels of mean 0 and variance 1 / in_features, so that outputs are as large as inputs."""
+    shape = (scheme.bits, out_features, -(-in_features // 8))
+    words = random.integers(0, 1 << 64, -(-np.prod(shape) // 8), np.uint64)
+    planes = words.view(np.uint8)[: np.prod(shape)].reshape(shape)
+    if in_features % 8:
+        planes[..., -1] &= (1 << in_features % 8) - 1
+    step = (12 / (in_features * (4**scheme.bits - 1))) ** 0.5
+    scales = step * 2.0 ** np.arange(scheme.bits)
+    groups = scheme.groups(in_features)
+    return HlqMatrix(
+        planes=planes,
+        scales=np.tile(scales.astype(np.float16), (out_features, groups, 1)),
+        zeros=np.full((out_features, groups), -scales.sum() / 2, np.float16),
+        in_features=in_features,
+        group_size=scheme.group_size,
+    )
