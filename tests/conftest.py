@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,10 @@ import numpy as np
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
+CHAT_TEMPLATE = """\
+{% for message in messages %}{{ message.role }}: {{ message.content }}
+{% endfor %}{% if tools %}tools: {{ tools | tojson }}
+{% endif %}{% if add_generation_prompt %}assistant: {% endif %}"""
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +53,14 @@ def make_folder(golden: ModuleType) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model with a chat template: it tells stories in answer to anything."""
+    from elutq.models import bundled_model
+
+    folder = tmp_path_factory.mktemp("models") / "chat"
+    shutil.copytree(bundled_model(), folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder

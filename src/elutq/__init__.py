@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from elutq.runtime import LanguageModel as LanguageModel
+    from elutq.runtime import PromptCache as PromptCache
     from elutq.runtime import load as load
 
 try:
@@ -15,11 +16,11 @@ try:
 except PackageNotFoundError:  # running from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["LanguageModel", "__version__", "load"]
+__all__ = ["LanguageModel", "PromptCache", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("load", "LanguageModel"):
+    if name in ("load", "LanguageModel", "PromptCache"):
         from elutq import runtime
 
         return getattr(runtime, name)

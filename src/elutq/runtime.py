@@ -5,7 +5,7 @@ import itertools
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +48,39 @@ class SamplingOptions(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     seed: int | None
+
+
+class PromptCache:
+    """Keys and values of a text that grows, as a conversation does.
+
+    Generating with it computes only what the prompt does not share with the text before, and leaves prompt
+    and answer in it. One generation at a time may use it.
+
+    Attributes:
+        sequence: the state, which `model.step` takes.
+    """
+
+    def __init__(self, model: "LanguageModel") -> None:
+        """An empty text of `model`."""
+        self.sequence = model.new_sequence()
+        self._tokens: list[int] = []
+
+    def __len__(self) -> int:
+        """Tokens held."""
+        return len(self.sequence)
+
+    def rewind(self, prompt: Sequence[int]) -> None:
+        """Forget what `prompt` does not begin with, and its last token, whose logits are wanted."""
+        limit = min(len(self), len(prompt) - 1)
+        pairs = enumerate(zip(self._tokens[:limit], prompt, strict=False))
+        shared = next((i for i, (ours, theirs) in pairs if ours != theirs), limit)
+        self.sequence.truncate(shared)
+
+    def extend(self, model: "LanguageModel", tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append tokens; float32 [vocab_size] logits after the last."""
+        # The sequence's length decides what is held: an interrupt may come before or after the step.
+        self._tokens[len(self) :] = tokens
+        return model.step([(self.sequence, tokens)])[0]
 
 
 class LanguageModel:
@@ -174,6 +207,7 @@ class LanguageModel:
         *,
         max_new_tokens: int = 128,
         stop: Sequence[str] = (),
+        cache: PromptCache | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Iterator[str]:
         """The text that follows `prompt`, in pieces as it comes.
@@ -185,6 +219,7 @@ class LanguageModel:
             prompt: a text, or token ids (of a rendered chat template, say).
             max_new_tokens: most tokens to generate.
             stop: strings to stop at; they are not part of the text.
+            cache: what an earlier call left, to go on from; by default the prompt is computed anew.
             sampling: see :class:`SamplingOptions`; greedy by default.
 
         Raises:
@@ -194,9 +229,55 @@ class LanguageModel:
             raise InvalidArgumentError("stop must be a list of strings, none of them empty")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         tokens = self.generate_ids(
-            ids, max_new_tokens=max_new_tokens, eos_token_ids=self.tokenizer.eos_token_ids, **sampling
+            ids,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=self.tokenizer.eos_token_ids,
+            cache=cache,
+            **sampling,
         )
         return stop_before(stop, _decode(tokens, self.tokenizer.stream(after=ids)))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        max_new_tokens: int = 1024,
+        stop: Sequence[str] = (),
+        **sampling: Unpack[SamplingOptions],
+    ) -> str:
+        """The model's answer to a conversation; see :meth:`stream_chat`."""
+        return "".join(
+            self.stream_chat(messages, tools=tools, max_new_tokens=max_new_tokens, stop=stop, **sampling)
+        )
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        max_new_tokens: int = 1024,
+        stop: Sequence[str] = (),
+        cache: PromptCache | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[str]:
+        """The model's answer to a conversation, in pieces as it comes; see :meth:`stream`.
+
+        Args:
+            messages: `{"role": "user", "content": "..."}` and so on, oldest first.
+            tools: JSON schemas of functions that the model may ask for, as its chat template takes them. A
+                call comes back as text, in the model's own format.
+            max_new_tokens: as in :meth:`stream`.
+            stop: as in :meth:`stream`.
+            cache: as in :meth:`stream`: with it, a turn computes only what is new.
+            sampling: see :class:`SamplingOptions`; greedy by default.
+
+        Raises:
+            TokenizerError: the model has no chat template.
+            InvalidArgumentError: as in :meth:`stream`, or the template refuses these messages.
+        """
+        prompt = self.tokenizer.encode_chat(messages, tools=tools)
+        return self.stream(prompt, max_new_tokens=max_new_tokens, stop=stop, cache=cache, **sampling)
 
     def generate_ids(
         self,
@@ -204,6 +285,7 @@ class LanguageModel:
         *,
         max_new_tokens: int = 128,
         eos_token_ids: frozenset[int] = frozenset(),
+        cache: PromptCache | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Iterator[int]:
         """The tokens that follow `token_ids`, one by one; see :meth:`stream`.
@@ -218,20 +300,22 @@ class LanguageModel:
             )
         sampler = _sampler(**sampling)
         new_tokens = min(max_new_tokens, self.context - len(token_ids) + 1)
-        return self._generate(_token_array(token_ids), new_tokens, eos_token_ids, sampler)
+        return self._generate(_token_array(token_ids), new_tokens, eos_token_ids, cache, sampler)
 
     def _generate(
-        self, prompt: NDArray[np.int32], new_tokens: int, eos: frozenset[int], sampler: _core.Sampler
+        self,
+        prompt: NDArray[np.int32],
+        new_tokens: int,
+        eos: frozenset[int],
+        cache: PromptCache | None,
+        sampler: _core.Sampler,
     ) -> Iterator[int]:
         text = np.concatenate([prompt, np.zeros(new_tokens, np.int32)])
-        sequence = self.new_sequence()
-        done = 0
+        cache = PromptCache(self) if cache is None else cache
+        cache.rewind(prompt.tolist())
         for length in range(len(prompt), len(text)):
-            while done < length:
-                piece = text[done : min(done + _PREFILL_TOKENS, length)]
-                with _engine_errors():
-                    logits = self._live.step([(sequence, piece)], False)[0]
-                done += len(piece)
+            while (done := len(cache)) < length:
+                logits = cache.extend(self, text[done : min(done + _PREFILL_TOKENS, length)].tolist())
             with _engine_errors():
                 token = sampler.sample(logits, text[:length])
             if token in eos:

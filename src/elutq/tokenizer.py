@@ -150,6 +150,13 @@ class Tokenizer:
                 f"the chat template of {self._name} refuses these messages: {error}"
             ) from None
 
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        """Ids of a conversation; arguments and errors are those of :meth:`apply_chat_template`."""
+        text = self.apply_chat_template(messages, add_generation_prompt, **variables)
+        return self.encode(text, add_special_tokens=False)
+
     @cached_property
     def byte_token_ids(self) -> frozenset[int]:
         """Ids of the `<0xNN>` tokens, which the decoder joins into characters; none if byte-level."""

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import elutq
 from elutq import _core
 from elutq.architectures import EngineConfig, engine_config, outer_linears
 from elutq.errors import InvalidArgumentError, TensorValueError, TokenizerError
-from elutq.runtime import LanguageModel, default_threads, load, random_model, read_bandwidth
+from elutq.runtime import LanguageModel, PromptCache, default_threads, load, random_model, read_bandwidth
 from elutq.shapes import SHAPES, shape_config
 
 REFERENCE_MODEL = Path(__file__).parents[2] / "src" / "elutq" / "models" / "llama-7m"
@@ -252,12 +253,84 @@ def test_nan_logits_are_an_error(tmp_path: Path) -> None:
         model.generate("Once")
 
 
+# ---- Conversations ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chatter(chat_folder: Path) -> LanguageModel:
+    return load(chat_folder, threads=2)
+
+
+MESSAGES = [{"role": "user", "content": "Once upon a time there was a fox."}]
+
+
+def test_chat_continues_the_rendered_template(chatter: LanguageModel) -> None:
+    answer = chatter.chat(MESSAGES, max_new_tokens=12)
+    assert answer == chatter.generate(f"user: {MESSAGES[0]['content']}\nassistant: ", max_new_tokens=12)
+    assert "".join(chatter.stream_chat(MESSAGES, max_new_tokens=12)) == answer
+    word = answer.split()[2]
+    assert word not in chatter.chat(MESSAGES, max_new_tokens=12, stop=[word])
+
+
+def test_chat_shows_tools_to_the_template(chatter: LanguageModel) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    assert '"weather"' in chatter.tokenizer.decode(chatter.tokenizer.encode_chat(MESSAGES, tools=tools))
+    assert chatter.chat(MESSAGES, tools=tools, max_new_tokens=8) != chatter.chat(MESSAGES, max_new_tokens=8)
+
+
+def test_chat_needs_a_template(story: LanguageModel) -> None:
+    with pytest.raises(TokenizerError, match="has no chat template"):
+        story.chat(MESSAGES)
+
+
+def test_threads_may_chat_at_once(chatter: LanguageModel) -> None:
+    talks = [[{"role": "user", "content": f"Tell of {n} animals."}] for n in range(6)]
+    options = {"max_new_tokens": 10, "temperature": 0.8, "seed": 5}
+    alone = [chatter.chat(talk, **options) for talk in talks]  # type: ignore[arg-type]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(lambda talk: chatter.chat(talk, **options), talks)) == alone  # type: ignore[arg-type]
+
+
+def test_a_prompt_cache_computes_only_what_is_new(
+    chatter: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    step = LanguageModel.step
+
+    def counted(self: LanguageModel, batch: list[tuple[object, list[int]]]) -> object:
+        computed.append(sum(len(ids) for _, ids in batch))
+        return step(self, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LanguageModel, "step", counted)
+    cache, talk = PromptCache(chatter), list(MESSAGES)
+    for turn in range(3):
+        computed.clear()
+        answer = "".join(chatter.stream_chat(talk, max_new_tokens=9, cache=cache))
+        new = sum(computed)
+        assert len(cache) == len(chatter.tokenizer.encode_chat(talk)) + 8  # nothing follows the last token
+        assert new == len(cache) if turn == 0 else new < 25
+        assert answer == chatter.chat(talk, max_new_tokens=9)
+        talk += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And then?"}]
+
+
+def test_a_prompt_cache_survives_interrupts_and_other_texts(story: LanguageModel) -> None:
+    cache, prompt = PromptCache(story), tokens(40)
+    expected = list(story.generate_ids(prompt, max_new_tokens=6))
+    for ids in (prompt, tokens(40, seed=1), prompt[:20], [*prompt[:30], *tokens(20, seed=2)], prompt):
+        stream = story.generate_ids(ids, max_new_tokens=50, cache=cache)
+        assert next(stream) == next(story.generate_ids(ids, max_new_tokens=1))
+        stream.close()  # type: ignore[attr-defined]
+    cache._tokens += [1, 2, 3]  # as an interrupt leaves it: noted, not computed
+    assert list(story.generate_ids(prompt, max_new_tokens=6, cache=cache)) == expected
+
+
 # ---- Loading ---------------------------------------------------------------------------------
 
 
 def test_public_names() -> None:
     assert elutq.load is load
     assert elutq.LanguageModel is LanguageModel
+    assert elutq.PromptCache is PromptCache
 
 
 @pytest.mark.parametrize("isa", _core.available_isas())
