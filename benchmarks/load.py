@@ -2,9 +2,9 @@
 
     python benchmarks/load.py [--shape llama-2-7b] [--bits 2] [--threads 1 2] [--folder DIR]
 
-Writes a folder of random weights (to --folder, which is kept and used again, or a temporary one), which leaves
-it in the page cache, and loads it in a fresh process --repeat times per number of threads. Each process then
-reads a prompt of --prompt tokens. Prints one JSON object; figures are medians.
+Writes a folder of random weights (to --folder, which is kept and used again, or a temporary one), so that it
+lies in the page cache, and loads it in a fresh process --repeat times per number of threads. Each process
+then reads a prompt of --prompt tokens. Prints one JSON object; figures are medians.
 """
 
 import argparse
