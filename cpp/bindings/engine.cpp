@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
@@ -11,6 +12,7 @@
 
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -106,9 +108,18 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> step(
   return {data, {static_cast<size_t>(rows), static_cast<size_t>(vocab)}, owner};
 }
 
-int32_t sample(Sampler& sampler, Array<float, 1> logits, Array<int32_t, 1> context) {
+int32_t sample(Sampler& sampler, Array<float, 1> logits, Array<int32_t, 1> tokens, int64_t prompt_length,
+               std::optional<Array<int32_t, 1>> allowed) {
+  SamplingContext context{{tokens.data(), tokens.size()}, prompt_length, std::nullopt};
+  if (allowed) context.allowed.emplace(allowed->data(), allowed->size());
   const nb::gil_scoped_release release;
-  return sampler.sample({logits.data(), logits.size()}, {context.data(), context.size()});
+  return sampler.sample({logits.data(), logits.size()}, context);
+}
+
+std::vector<std::pair<int32_t, float>> to_pairs(const std::vector<TokenLogprob>& logprobs) {
+  std::vector<std::pair<int32_t, float>> pairs;
+  for (const auto& [token, logprob] : logprobs) pairs.emplace_back(token, logprob);
+  return pairs;
 }
 
 }  // namespace
@@ -143,7 +154,18 @@ void bind_engine(nb::module_& m) {
       .def(
           "__init__",
           [](Sampler* self, float temperature, int64_t top_k, float top_p, float min_p, float repetition_penalty,
-             uint64_t seed) { new (self) Sampler({temperature, top_k, top_p, min_p, repetition_penalty, seed}); },
-          "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition_penalty"_a, "seed"_a)
-      .def("sample", &sample, "logits"_a, "context"_a);
+             float frequency_penalty, float presence_penalty, std::vector<std::pair<int32_t, float>> logit_bias,
+             uint64_t seed) {
+            new (self) Sampler({temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty,
+                                presence_penalty, std::move(logit_bias), seed});
+          },
+          "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition_penalty"_a, "frequency_penalty"_a,
+          "presence_penalty"_a, "logit_bias"_a, "seed"_a)
+      .def("sample", &sample, "logits"_a, "tokens"_a, "prompt_length"_a, "allowed"_a = nb::none());
+  m.def(
+      "log_probabilities",
+      [](Array<float, 1> logits, int32_t token, int64_t count) {
+        return to_pairs(log_probabilities({logits.data(), logits.size()}, token, count));
+      },
+      "logits"_a, "token"_a, "count"_a);
 }

@@ -1,8 +1,11 @@
 #include "engine/sampler.h"
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <cmath>
 #include <functional>
+#include <iterator>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
@@ -10,8 +13,61 @@
 namespace elutq {
 namespace {
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+/// Weights are added in blocks of so many, so that a draw finds its block first.
+constexpr size_t kBlock = 512;
+
 void require(bool condition, const char* complaint) {
   if (!condition) throw std::invalid_argument(complaint);
+}
+
+/// exp(x) for x <= 0, to about 1e-7; 0 below -87. Branch-free, so that loops over it are vectorized. (Cephes' expf.)
+inline float exp_nonpositive(float x) {
+  constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it rounds to an integer
+  const float clamped = x > -87.0F ? x : -87.0F;
+  const float n = (clamped * 1.44269504F + kRound) - kRound;
+  const float r = (clamped - n * 0.693359375F) + n * 2.12194440e-4F;
+  float p = 1.9875691500e-4F;
+  p = p * r + 1.3981999507e-3F;
+  p = p * r + 8.3334519073e-3F;
+  p = p * r + 4.1665795894e-2F;
+  p = p * r + 1.6666665459e-1F;
+  p = p * r + 5.0000001201e-1F;
+  p = p * r * r + r + 1.0F;
+  const float power = std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
+  return x > -87.0F ? p * power : 0.0F;
+}
+
+/// The largest of the logits. Throws std::runtime_error when one is NaN.
+float largest(std::span<const float> logits) {
+  constexpr size_t kLanes = 16;
+  std::array<float, kLanes> highest;
+  highest.fill(-kInfinity);
+  std::array<int32_t, kLanes> nan{};
+  const size_t whole = logits.size() / kLanes * kLanes;
+  for (size_t i = 0; i < whole; i += kLanes) {
+    for (size_t lane = 0; lane < kLanes; ++lane) {
+      const float logit = logits[i + lane];
+      highest[lane] = logit > highest[lane] ? logit : highest[lane];
+      nan[lane] |= logit != logit ? 1 : 0;
+    }
+  }
+  for (size_t i = whole; i < logits.size(); ++i) {
+    highest[0] = logits[i] > highest[0] ? logits[i] : highest[0];
+    nan[0] |= logits[i] != logits[i] ? 1 : 0;
+  }
+  if (*std::max_element(nan.begin(), nan.end()) != 0) throw std::runtime_error("the model's logits hold NaN");
+  return *std::max_element(highest.begin(), highest.end());
+}
+
+double sum(std::span<const float> values) {
+  std::array<double, 4> lanes{};
+  const size_t whole = values.size() / lanes.size() * lanes.size();
+  for (size_t i = 0; i < whole; i += lanes.size()) {
+    for (size_t lane = 0; lane < lanes.size(); ++lane) lanes[lane] += values[i + lane];
+  }
+  for (size_t i = whole; i < values.size(); ++i) lanes[0] += values[i];
+  return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
 }
 
 }  // namespace
@@ -23,100 +79,186 @@ Sampler::Sampler(const SamplingOptions& options) : options_(options), state_(opt
   require(options.min_p >= 0 && options.min_p <= 1, "min_p must be from 0 (off) to 1");
   require(std::isfinite(options.repetition_penalty) && options.repetition_penalty > 0,
           "repetition_penalty must be positive (1 is off)");
+  require(std::isfinite(options.frequency_penalty), "frequency_penalty must be a finite number (0 is off)");
+  require(std::isfinite(options.presence_penalty), "presence_penalty must be a finite number (0 is off)");
+  for (const auto& [token, bias] : options.logit_bias) {
+    require(token >= 0, "logit_bias must name tokens of the vocabulary");
+    require(bias < kInfinity, "logit_bias must give finite numbers, or -inf to forbid a token");
+  }
 }
 
-int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> context) {
-  candidates_.resize(logits.size());
-  double highest = -std::numeric_limits<double>::infinity();
-  for (size_t i = 0; i < logits.size(); ++i) {
-    if (std::isnan(logits[i])) throw std::runtime_error("the model's logits hold NaN");
-    candidates_[i] = {logits[i], static_cast<int32_t>(i), 0.0};
-    highest = std::max<double>(highest, logits[i]);
-  }
+int32_t Sampler::sample(std::span<const float> logits, const SamplingContext& context) {
+  float highest = largest(logits);
   if (!std::isfinite(highest)) throw std::runtime_error("the model's logits have no finite maximum");
-  if (options_.repetition_penalty != 1.0F) penalize(context);
+  const bool penalties =
+      options_.repetition_penalty != 1.0F || options_.frequency_penalty != 0.0F || options_.presence_penalty != 0.0F;
+  const bool changed = penalties || !options_.logit_bias.empty() || context.allowed;
+  if (options_.temperature == 0.0F && !changed) {
+    return static_cast<int32_t>(std::find(logits.begin(), logits.end(), highest) - logits.begin());
+  }
+  scores_.assign(logits.begin(), logits.end());
+  if (changed) {
+    if (penalties) penalize(context);
+    for (const auto& [token, bias] : options_.logit_bias) {
+      if (static_cast<size_t>(token) < scores_.size()) scores_[token] += bias;
+    }
+    if (context.allowed) forbid(*context.allowed);
+    highest = largest(scores_);
+    require(std::isfinite(highest), "no token is left to choose from: constraint and logit_bias forbid all");
+  }
   if (options_.temperature == 0.0F) {
-    const auto best = std::max_element(candidates_.begin(), candidates_.end(),
-                                       [](const Candidate& a, const Candidate& b) { return a.logit < b.logit; });
-    return best->token;
+    return static_cast<int32_t>(std::find(scores_.begin(), scores_.end(), highest) - scores_.begin());
   }
-  for (Candidate& candidate : candidates_) candidate.logit /= options_.temperature;
-  if (options_.top_k > 0) keep_top_k();
-  softmax();
-  if (options_.top_p < 1.0F) keep_top_p();
-  if (options_.min_p > 0.0F) keep_min_p();
 
-  const double target = next_uniform();
-  double cumulative = 0;
-  for (const Candidate& candidate : candidates_) {
-    cumulative += candidate.probability;
-    if (cumulative > target) return candidate.token;
+  const double total = weigh(highest);
+  if (options_.top_k == 0 && options_.top_p == 1.0F && options_.min_p == 0.0F) return draw_from_all(total);
+  collect(total);
+  if (options_.top_k > 0) keep_top_k();
+  if (options_.top_p < 1.0F) keep_top_p(options_.top_k > 0 ? candidate_weight() : total);
+  if (options_.min_p > 0.0F) {
+    std::erase_if(candidates_, [&](const Candidate& candidate) { return candidate.weight < options_.min_p; });
   }
-  // Rounding left the sum a hair under the target: the last one that has any probability.
-  const auto last = std::find_if(candidates_.rbegin(), candidates_.rend(),
-                                 [](const Candidate& candidate) { return candidate.probability > 0; });
-  return last->token;
+  return draw_from_candidates();
 }
 
-void Sampler::penalize(std::span<const int32_t> context) {
-  order_.assign(context.begin(), context.end());
-  std::sort(order_.begin(), order_.end());
-  order_.erase(std::unique(order_.begin(), order_.end()), order_.end());
-  const double penalty = options_.repetition_penalty;
-  for (const int32_t token : order_) {
-    if (token < 0 || static_cast<size_t>(token) >= candidates_.size()) continue;
-    double& logit = candidates_[token].logit;
-    logit = logit < 0 ? logit * penalty : logit / penalty;
+void Sampler::penalize(const SamplingContext& context) {
+  counts_.resize(scores_.size());
+  const auto known = [&](int32_t token) { return token >= 0 && static_cast<size_t>(token) < scores_.size(); };
+  if (options_.repetition_penalty != 1.0F) {
+    for (const int32_t token : context.tokens) {
+      if (!known(token) || counts_[token]++ > 0) continue;
+      float& score = scores_[token];
+      score = score < 0 ? score * options_.repetition_penalty : score / options_.repetition_penalty;
+    }
+    for (const int32_t token : context.tokens) {
+      if (known(token)) counts_[token] = 0;
+    }
   }
+  if (options_.frequency_penalty == 0.0F && options_.presence_penalty == 0.0F) return;
+  const auto generated = context.tokens.subspan(static_cast<size_t>(context.prompt_length));
+  for (const int32_t token : generated) {
+    if (known(token)) ++counts_[token];
+  }
+  for (const int32_t token : generated) {
+    if (!known(token) || counts_[token] == 0) continue;
+    const auto count = static_cast<float>(counts_[token]);
+    scores_[token] -= options_.frequency_penalty * count + options_.presence_penalty;
+    counts_[token] = 0;
+  }
+}
+
+void Sampler::forbid(std::span<const int32_t> allowed) {
+  const size_t words = std::min(allowed.size(), (scores_.size() + 31) / 32);
+  for (size_t word = 0; word < words; ++word) {
+    const auto bits = static_cast<uint32_t>(allowed[word]);
+    if (bits == ~uint32_t{0}) continue;
+    const size_t end = std::min(scores_.size(), word * 32 + 32);
+    for (size_t i = word * 32; i < end; ++i) {
+      if ((bits >> (i % 32) & 1) == 0) scores_[i] = -kInfinity;
+    }
+  }
+  if (words * 32 < scores_.size())
+    std::fill(scores_.begin() + static_cast<int64_t>(words) * 32, scores_.end(), -kInfinity);
+}
+
+double Sampler::weigh(float highest) {
+  block_sums_.clear();
+  double total = 0;
+  for (size_t begin = 0; begin < scores_.size(); begin += kBlock) {
+    const auto block = std::span(scores_).subspan(begin, std::min(kBlock, scores_.size() - begin));
+    for (float& score : block) score = exp_nonpositive((score - highest) / options_.temperature);
+    block_sums_.push_back(sum(block));
+    total += block_sums_.back();
+  }
+  return total;
+}
+
+void Sampler::collect(double total) {
+  // Lower the bar until what passes it holds all that the filters can keep: seldom more than a thousand tokens.
+  const auto enough = [&](double bar, double mass) {
+    if (bar == 0) return true;
+    if (options_.top_k > 0) return candidates_.size() >= static_cast<size_t>(options_.top_k);
+    return mass >= options_.top_p * total || bar < options_.min_p;
+  };
+  double mass = 0;
+  double bar = 1;
+  do {
+    bar = bar < 0x1p-60 ? 0 : bar * 0x1p-7;
+    candidates_.clear();
+    mass = 0;
+    const auto threshold = static_cast<float>(bar);
+    for (size_t i = 0; i < scores_.size(); ++i) {
+      if (scores_[i] <= threshold) continue;
+      candidates_.push_back({scores_[i], static_cast<int32_t>(i)});
+      mass += scores_[i];
+    }
+  } while (!enough(bar, mass));
 }
 
 void Sampler::keep_top_k() {
   const auto k = static_cast<size_t>(options_.top_k);
-  if (k >= candidates_.size()) return;
-  sorted_.clear();
-  for (const Candidate& candidate : candidates_) sorted_.push_back(candidate.logit);
-  std::nth_element(sorted_.begin(), sorted_.begin() + static_cast<std::ptrdiff_t>(k - 1), sorted_.end(),
-                   std::greater<>());
-  const double lowest = sorted_[k - 1];
-  std::erase_if(candidates_, [&](const Candidate& candidate) { return candidate.logit < lowest; });
+  if (candidates_.size() <= k) return;
+  std::vector<float>& weights = scores_;  // not needed any more
+  weights.clear();
+  for (const Candidate& candidate : candidates_) weights.push_back(candidate.weight);
+  const auto last = weights.begin() + static_cast<std::ptrdiff_t>(k - 1);
+  std::nth_element(weights.begin(), last, weights.end(), std::greater<>());
+  std::erase_if(candidates_, [lowest = *last](const Candidate& candidate) { return candidate.weight < lowest; });
 }
 
-void Sampler::keep_top_p() {
-  // Tokens this unlikely cannot reach 1 - top_p all together, so none of them is kept: no need to sort them.
-  const double negligible = (1.0 - options_.top_p) / static_cast<double>(candidates_.size());
-  order_.clear();
-  for (size_t i = 0; i < candidates_.size(); ++i) {
-    if (candidates_[i].probability >= negligible) order_.push_back(static_cast<int32_t>(i));
-  }
-  std::sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) {
-    const double p = candidates_[a].probability;
-    const double q = candidates_[b].probability;
-    return p > q || (p == q && a < b);
-  });
+void Sampler::keep_top_p(double total) {
+  const auto more_likely = [](const Candidate& a, const Candidate& b) {
+    return a.weight > b.weight || (a.weight == b.weight && a.token < b.token);
+  };
+  const auto at = [&](size_t i) { return candidates_.begin() + static_cast<std::ptrdiff_t>(i); };
+  const double wanted = options_.top_p * total;
   double above = 0;
   size_t kept = 0;
-  while (kept < order_.size() && above < options_.top_p) above += candidates_[order_[kept++]].probability;
-  order_.resize(kept);
-  std::sort(order_.begin(), order_.end());
-  for (size_t i = 0; i < kept; ++i) candidates_[i] = candidates_[order_[i]];
+  size_t sorted = 0;  // only as many as the answer needs
+  while (kept < candidates_.size() && above < wanted) {
+    if (kept == sorted) {
+      sorted = std::min(candidates_.size(), std::max<size_t>(64, 4 * sorted));
+      std::nth_element(at(kept), at(sorted), candidates_.end(), more_likely);
+      std::sort(at(kept), at(sorted), more_likely);
+    }
+    above += candidates_[kept++].weight;
+  }
   candidates_.resize(kept);
-  softmax();
+  std::sort(candidates_.begin(), candidates_.end(),
+            [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
 }
 
-void Sampler::keep_min_p() {
-  double highest = 0;
-  for (const Candidate& candidate : candidates_) highest = std::max(highest, candidate.probability);
-  std::erase_if(candidates_,
-                [&](const Candidate& candidate) { return candidate.probability < options_.min_p * highest; });
-  softmax();
+double Sampler::candidate_weight() const {
+  return std::accumulate(candidates_.begin(), candidates_.end(), 0.0,
+                         [](double sum, const Candidate& candidate) { return sum + candidate.weight; });
 }
 
-void Sampler::softmax() {
-  double highest = -std::numeric_limits<double>::infinity();
-  for (const Candidate& candidate : candidates_) highest = std::max(highest, candidate.logit);
-  double sum = 0;
-  for (Candidate& candidate : candidates_) sum += candidate.probability = std::exp(candidate.logit - highest);
-  for (Candidate& candidate : candidates_) candidate.probability /= sum;
+int32_t Sampler::draw_from_candidates() {
+  const double target = next_uniform() * candidate_weight();
+  double cumulative = 0;
+  for (const Candidate& candidate : candidates_) {
+    cumulative += candidate.weight;
+    if (cumulative > target) return candidate.token;
+  }
+  return candidates_.back().token;  // rounding left the sum a hair under the target
+}
+
+int32_t Sampler::draw_from_all(double total) {
+  const double target = next_uniform() * total;
+  double before = 0;  // weight of the blocks passed
+  size_t last = 0;    // token that has any probability
+  for (size_t block = 0; block < block_sums_.size(); ++block) {
+    if (before + block_sums_[block] > target || block + 1 == block_sums_.size()) {
+      double cumulative = before;
+      for (size_t i = block * kBlock; i < std::min(scores_.size(), (block + 1) * kBlock); ++i) {
+        cumulative += scores_[i];
+        if (scores_[i] > 0) last = i;
+        if (cumulative > target) return static_cast<int32_t>(i);
+      }
+    }
+    before += block_sums_[block];
+  }
+  return static_cast<int32_t>(last);
 }
 
 double Sampler::next_uniform() {
@@ -126,6 +268,33 @@ double Sampler::next_uniform() {
   x = (x ^ (x >> 27)) * 0x94D049BB133111EBULL;
   x ^= x >> 31;
   return static_cast<double>(x >> 11) * 0x1p-53;
+}
+
+std::vector<TokenLogprob> log_probabilities(std::span<const float> logits, int32_t token, int64_t count) {
+  require(token >= 0 && static_cast<size_t>(token) < logits.size(), "the token is not in the vocabulary");
+  const float highest = largest(logits);
+  std::array<float, kBlock> weights;
+  double total = 0;
+  for (size_t begin = 0; begin < logits.size(); begin += kBlock) {
+    const auto block = logits.subspan(begin, std::min(kBlock, logits.size() - begin));
+    for (size_t i = 0; i < block.size(); ++i) weights[i] = exp_nonpositive(block[i] - highest);
+    total += sum(std::span(weights).first(block.size()));
+  }
+  const double log_total = highest + std::log(total);
+  const auto entry = [&](size_t i) {
+    return TokenLogprob{static_cast<int32_t>(i), static_cast<float>(logits[i] - log_total)};
+  };
+  const size_t wanted = std::min(logits.size(), static_cast<size_t>(std::max<int64_t>(count, 0)));
+  std::vector<size_t> best;  // in order; an equal one goes behind
+  for (size_t i = 0; i < logits.size() && wanted > 0; ++i) {
+    if (best.size() == wanted && logits[i] <= logits[best.back()]) continue;
+    if (best.size() == wanted) best.pop_back();
+    best.insert(
+        std::upper_bound(best.begin(), best.end(), i, [&](size_t a, size_t b) { return logits[a] > logits[b]; }), i);
+  }
+  std::vector<TokenLogprob> result = {entry(static_cast<size_t>(token))};
+  std::transform(best.begin(), best.end(), std::back_inserter(result), entry);
+  return result;
 }
 
 }  // namespace elutq

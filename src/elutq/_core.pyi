@@ -55,9 +55,21 @@ class Sampler:
         top_p: float,
         min_p: float,
         repetition_penalty: float,
+        frequency_penalty: float,
+        presence_penalty: float,
+        logit_bias: list[tuple[int, float]],
         seed: int,
     ) -> None: ...
-    def sample(self, logits: NDArray[np.float32], context: NDArray[np.int32]) -> int: ...
+    def sample(
+        self,
+        logits: NDArray[np.float32],
+        tokens: NDArray[np.int32],
+        prompt_length: int,
+        allowed: NDArray[np.int32] | None = None,
+    ) -> int: ...
+
+def log_probabilities(logits: NDArray[np.float32], token: int, count: int) -> list[tuple[int, float]]:
+    """Log-probability of the token, then those of the `count` most likely ones, most likely first."""
 
 def available_isas() -> list[str]:
     """Instruction sets this machine can run, slowest first."""

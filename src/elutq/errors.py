@@ -13,6 +13,26 @@ class InvalidArgumentError(ElutqError, ValueError):
     """An option or argument is outside what is supported."""
 
 
+class ContextOverflowError(InvalidArgumentError):
+    """A prompt has more tokens than the context."""
+
+
+class QueueFullError(ElutqError):
+    """The server has as many requests as it will hold.
+
+    Attributes:
+        retry_after: seconds after which there is likely to be room.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ShuttingDownError(ElutqError):
+    """The server takes no more requests."""
+
+
 class MissingDependencyError(ElutqError, ImportError):
     """An optional package that this operation needs is not installed."""
 

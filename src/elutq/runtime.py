@@ -1,15 +1,13 @@
 """Running models: the only importer of the compiled engine."""
 
-import contextlib
 import itertools
 import os
-import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,37 +15,18 @@ from numpy.typing import NDArray
 from elutq import _core
 from elutq.architectures import EngineConfig, vectors
 from elutq.checkpoint import Checkpoint
-from elutq.errors import InvalidArgumentError, TensorValueError, TokenizerError
+from elutq.errors import InvalidArgumentError, TokenizerError
+from elutq.generation import Generation, GenerationRequest, Piece, token_array
 from elutq.packing import HlqMatrix
+from elutq.sampling import SamplingOptions, engine_errors
 from elutq.scheme import QuantScheme
 from elutq.shapes import random_linears, shape_config
-from elutq.stopping import stop_before
-from elutq.tokenizer import StreamDecoder, Tokenizer
+from elutq.tokenizer import Tokenizer
 
 #: Prompt tokens that go through the model between two looks at Ctrl-C.
 _PREFILL_TOKENS = 512
 
 SequenceState = _core.Sequence
-
-
-class SamplingOptions(TypedDict, total=False):
-    """How tokens are chosen; the filters are those of transformers' `generate`, in its order.
-
-    Attributes:
-        temperature: 0, the default, always takes the most likely token.
-        top_k: keep so many most likely tokens; 0 keeps all.
-        top_p: keep the fewest most likely tokens whose probabilities reach this; 1 keeps all.
-        min_p: drop tokens less likely than this share of the most likely one.
-        repetition_penalty: above 1 makes tokens that are in the text already less likely.
-        seed: makes sampling repeatable; None takes a fresh one.
-    """
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    seed: int | None
 
 
 class PromptCache:
@@ -149,7 +128,9 @@ class LanguageModel:
         return self._live.new_sequence(self.context)
 
     def step(
-        self, batch: Sequence[tuple[SequenceState, Sequence[int]]], all_logits: bool = False
+        self,
+        batch: Sequence[tuple[SequenceState, Sequence[int] | NDArray[np.int32]]],
+        all_logits: bool = False,
     ) -> list[NDArray[np.float32]]:
         """Append tokens to sequences and return logits.
 
@@ -168,8 +149,8 @@ class LanguageModel:
             InvalidArgumentError: a token is outside the vocabulary, a sequence would outgrow the context, is
                 named twice, or gets no token. No sequence has changed then.
         """
-        items = [(sequence, _token_array(ids)) for sequence, ids in batch]
-        with _engine_errors():
+        items = [(sequence, token_array(ids)) for sequence, ids in batch]
+        with engine_errors():
             logits = self._live.step(items, all_logits)
         if not all_logits:
             return list(logits)
@@ -225,17 +206,9 @@ class LanguageModel:
         Raises:
             InvalidArgumentError: an option is out of range, or the prompt is empty or exceeds the context.
         """
-        if isinstance(stop, str) or "" in stop:
-            raise InvalidArgumentError("stop must be a list of strings, none of them empty")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        tokens = self.generate_ids(
-            ids,
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=self.tokenizer.eos_token_ids,
-            cache=cache,
-            **sampling,
-        )
-        return stop_before(stop, _decode(tokens, self.tokenizer.stream(after=ids)))
+        request = GenerationRequest(ids, max_new_tokens, sampling, stop)
+        return (piece.text for piece in self.pieces(request, cache) if piece.text)
 
     def chat(
         self,
@@ -292,36 +265,48 @@ class LanguageModel:
 
         An end-of-sequence token ends them and is not among them.
         """
-        if max_new_tokens < 1:
-            raise InvalidArgumentError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        if not 1 <= len(token_ids) <= self.context:
-            raise InvalidArgumentError(
-                f"the prompt has {len(token_ids)} tokens; it must have from 1 to the context's {self.context}"
-            )
-        sampler = _sampler(**sampling)
-        new_tokens = min(max_new_tokens, self.context - len(token_ids) + 1)
-        return self._generate(_token_array(token_ids), new_tokens, eos_token_ids, cache, sampler)
+        request = GenerationRequest(token_ids, max_new_tokens, sampling)
+        generation = Generation(
+            request, context=self.context, vocab_size=self.config.vocab_size, eos_token_ids=eos_token_ids
+        )
+        return (piece.token.id for piece in self._pieces(generation, cache) if piece.token is not None)
 
-    def _generate(
-        self,
-        prompt: NDArray[np.int32],
-        new_tokens: int,
-        eos: frozenset[int],
-        cache: PromptCache | None,
-        sampler: _core.Sampler,
-    ) -> Iterator[int]:
-        text = np.concatenate([prompt, np.zeros(new_tokens, np.int32)])
+    def pieces(self, request: GenerationRequest, cache: PromptCache | None = None) -> Iterator[Piece]:
+        """What follows a prompt, token by token; the last piece says why it ended. See :meth:`stream`.
+
+        Pieces of a model with random weights have no text.
+
+        Raises:
+            InvalidArgumentError: the request is not one this model can serve.
+        """
+        return self._pieces(self.new_generation(request), cache)
+
+    def new_generation(self, request: GenerationRequest) -> Generation:
+        """A request made ready: feed it the logits of its tokens, from :meth:`step`, until it is finished.
+
+        Raises:
+            InvalidArgumentError: the request is not one this model can serve.
+        """
+        tokenizer = None if self._folder is None else self.tokenizer
+        return Generation(
+            request,
+            context=self.context,
+            vocab_size=self.config.vocab_size,
+            tokenizer=tokenizer,
+            eos_token_ids=frozenset() if tokenizer is None else tokenizer.eos_token_ids,
+        )
+
+    def _pieces(self, generation: Generation, cache: PromptCache | None) -> Iterator[Piece]:
         cache = PromptCache(self) if cache is None else cache
-        cache.rewind(prompt.tolist())
-        for length in range(len(prompt), len(text)):
-            while (done := len(cache)) < length:
-                logits = cache.extend(self, text[done : min(done + _PREFILL_TOKENS, length)].tolist())
-            with _engine_errors():
-                token = sampler.sample(logits, text[:length])
-            if token in eos:
+        cache.rewind(generation.tokens.tolist())
+        while True:
+            tokens = generation.tokens
+            while (done := len(cache)) < len(tokens):
+                logits = cache.extend(self, tokens[done : done + _PREFILL_TOKENS].tolist())
+            piece = generation.advance(logits)
+            yield piece
+            if piece.finish_reason is not None:
                 return
-            yield token
-            text[length] = token
 
     def close(self) -> None:
         """Free the weights. The model cannot be used afterwards."""
@@ -457,18 +442,18 @@ def _new_engine(config: EngineConfig, isa: str | None, threads: int | None, exac
         threads = int(variable) if variable else default_threads()
     if not 1 <= threads <= 1024:
         raise InvalidArgumentError(f"threads must be from 1 to 1024, not {threads}")
-    with _engine_errors():
+    with engine_errors():
         return _core.Engine(config, isa, threads, exact)
 
 
 def _set_hlq(engine: _core.Engine, module: str, matrix: HlqMatrix) -> None:
     scales, zeros = matrix.scales.view(np.uint16), matrix.zeros.view(np.uint16)
-    with _engine_errors():
+    with engine_errors():
         engine.set_hlq(module, matrix.planes, scales, zeros, matrix.in_features, matrix.group_size)
 
 
 def _set_dense(engine: _core.Engine, module: str, weight: NDArray[Any]) -> None:
-    with _engine_errors():
+    with engine_errors():
         if weight.dtype == np.float32:
             engine.set_float32(module, weight)
         elif weight.dtype == np.float16:
@@ -481,46 +466,3 @@ def _hlq_tensors(checkpoint: Checkpoint, module: str | None) -> list[str]:
     if module not in checkpoint.schemes:
         return []
     return [f"{module}.{part}" for part in ("planes", "scales", "zeros")]
-
-
-def _token_array(ids: Sequence[int]) -> NDArray[np.int32]:
-    try:
-        array = np.asarray(ids) if len(ids) else np.zeros(0, np.int32)
-        limits = np.iinfo(np.int32)
-        if array.ndim == 1 and array.dtype.kind in "iu" and not (array > limits.max).any():
-            return np.ascontiguousarray(np.maximum(array, limits.min), dtype=np.int32)
-    except (TypeError, ValueError):
-        pass
-    raise InvalidArgumentError("token ids must be a list of integers within the vocabulary")
-
-
-def _sampler(
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
-) -> _core.Sampler:
-    seed = secrets.randbits(64) if seed is None else seed % (1 << 64)
-    with _engine_errors():
-        return _core.Sampler(temperature, min(top_k, 1 << 31), top_p, min_p, repetition_penalty, seed)
-
-
-@contextlib.contextmanager
-def _engine_errors() -> Iterator[None]:
-    """Turn the core's exceptions into ours."""
-    try:
-        yield
-    except ValueError as error:
-        raise InvalidArgumentError(str(error)) from None
-    except RuntimeError as error:
-        raise TensorValueError(
-            f"{error}; the weights are damaged: fetch or quantize the model again"
-        ) from None
-
-
-def _decode(tokens: Iterator[int], decoder: StreamDecoder) -> Iterator[str]:
-    for token in tokens:
-        yield decoder.push(token)
-    yield decoder.flush()

@@ -1,32 +1,38 @@
 """Stop strings in a text that comes in pieces."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 
-def stop_before(stop: Sequence[str], pieces: Iterable[str]) -> Iterator[str]:
-    """The text of `pieces` up to the first stop string, in pieces, none of them empty.
+class StopFilter:
+    """Lets a text through up to its first stop string.
 
-    What may be the beginning of a stop string is held back until it is clear whether it is. Nothing more is
-    taken from `pieces` once a stop string is complete.
+    What may be the beginning of a stop string is held back until it is clear whether it is.
 
-    Args:
-        stop: the stop strings, none empty.
-        pieces: the text.
+    Attributes:
+        stopped: whether a stop string is complete; nothing comes out any more.
     """
-    held = ""
-    for piece in pieces:
-        text = held + piece
-        places = [place for s in stop if (place := text.find(s)) >= 0]
-        if places:
-            if text := text[: min(places)]:
-                yield text
-            return
-        overlap = max((_overlap(text, s) for s in stop), default=0)
-        held = text[len(text) - overlap :]
-        if text := text[: len(text) - overlap]:
-            yield text
-    if held:
-        yield held
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        """Watch for the strings of `stop`, none of them empty."""
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, piece: str) -> str:
+        """Take the next piece, return the text that is now certain to precede any stop string."""
+        if self.stopped:
+            return ""
+        text = self._held + piece
+        places = [place for s in self._stop if (place := text.find(s)) >= 0]
+        self.stopped = bool(places)
+        end = min(places) if places else len(text) - max((_overlap(text, s) for s in self._stop), default=0)
+        self._held = "" if places else text[end:]
+        return text[:end]
+
+    def flush(self) -> str:
+        """End the text: return what was held back."""
+        held, self._held = self._held, ""
+        return held
 
 
 def _overlap(text: str, stop: str) -> int:

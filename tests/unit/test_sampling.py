@@ -13,13 +13,34 @@ OFF: dict[str, Any] = {
     "top_p": 1.0,
     "min_p": 0.0,
     "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "logit_bias": [],
     "seed": 0,
 }
 NO_CONTEXT = np.zeros(0, np.int32)
 
 
-def sampler(**options: Any) -> _core.Sampler:
-    return _core.Sampler(**{**OFF, **options})
+class Sampler:
+    """The core's, with everything off that is not named."""
+
+    def __init__(self, **options: Any) -> None:
+        self._core = _core.Sampler(**{**OFF, **options})
+
+    def sample(
+        self,
+        logits: NDArray[np.float32],
+        tokens: NDArray[np.int32] = NO_CONTEXT,
+        prompt_length: int | None = None,
+        allowed: NDArray[np.int32] | None = None,
+    ) -> int:
+        return self._core.sample(
+            logits, tokens, len(tokens) if prompt_length is None else prompt_length, allowed
+        )
+
+
+def sampler(**options: Any) -> Sampler:
+    return Sampler(**options)
 
 
 def random_logits(size: int = 200, seed: int = 0) -> NDArray[np.float32]:

@@ -1,0 +1,70 @@
+"""Keys and values of finished requests, kept for requests that begin alike."""
+
+from collections import OrderedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elutq.runtime import SequenceState
+
+#: Computing fewer tokens again costs less than it is worth.
+_FEWEST_TOKENS = 16
+
+
+class PrefixCache:
+    """Sequences of finished requests, the least recently used forgotten first.
+
+    A conversation that grows replaces what it grew from.
+    """
+
+    def __init__(self, memory_limit: int, entry_limit: int = 64) -> None:
+        """Keep at most so many bytes of keys and values, in at most so many sequences."""
+        self._memory_limit = memory_limit
+        self._entry_limit = entry_limit
+        self._entries: OrderedDict[int, tuple[NDArray[np.int32], SequenceState]] = OrderedDict()
+        self._next_key = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of all sequences. What they share with others counts for each."""
+        return sum(sequence.memory_bytes for _, sequence in self._entries.values())
+
+    def take(self, tokens: NDArray[np.int32]) -> SequenceState | None:
+        """A sequence that holds a beginning of `tokens`, the longest there is but not all; None if short.
+
+        Args:
+            tokens: int32 [n], a prompt.
+        """
+        lengths = {key: common_prefix(held, tokens[:-1]) for key, (held, _) in self._entries.items()}
+        key = max(lengths, key=lambda k: lengths[k], default=None)
+        if key is None or lengths[key] < _FEWEST_TOKENS:
+            return None
+        _, sequence = self._entries.pop(key)
+        sequence.truncate(lengths[key])
+        return sequence
+
+    def put(self, tokens: NDArray[np.int32], sequence: SequenceState) -> None:
+        """Keep a sequence, which holds `tokens`, as far as the limits allow."""
+        if len(tokens) < _FEWEST_TOKENS:
+            return
+        for key, (held, _) in list(self._entries.items()):
+            if common_prefix(held, tokens) == len(held):
+                del self._entries[key]
+        self._entries[self._next_key] = (tokens, sequence)
+        self._next_key += 1
+        while len(self) > self._entry_limit or self.memory_bytes > self._memory_limit:
+            self._entries.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+
+
+def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
+    """Number of tokens that both begin with."""
+    length = min(len(a), len(b))
+    different = np.flatnonzero(a[:length] != b[:length])
+    return int(different[0]) if len(different) else length
