@@ -1,159 +1,163 @@
-"""elutq beside llama.cpp: decode and prefill of one shape, interleaved, on random weights.
+"""elutq beside llama.cpp and its forks: decode and prefill of one shape, interleaved, on random weights.
 
-    python benchmarks/peers.py [--shape llama-2-7b] [--bits 2] [--threads 1 2] [--rounds 3]
+    python benchmarks/peers.py --peer llama.cpp=PATH/llama-bench:Q2_K \
+        --peer 'ik_llama.cpp=PATH/llama-bench:IQ2_K:-rtr 1' [--shape llama-2-7b] [--bits 2] [--threads 1 2]
 
-Needs llama.cpp's `llama-bench` on PATH (or --llama-bench) and, unless --gguf names a model, the `gguf`
-package to write a Q2_K one of the same shape. Both programs run in turn, so that a machine whose speed drifts
-drifts for both; figures are medians over the rounds. Prints one JSON object.
+A peer is NAME=PROGRAM:TYPE[:OPTIONS]: a `llama-bench` (a path, or a name on PATH), the type of its weights
+(one of random_gguf.py), and options to give it, its best ones. Models of that type are written to --models,
+or a temporary folder. All programs run in turn on the same threads, so that a machine whose speed drifts
+drifts for all. Figures are medians over the rounds. elutq decodes after the first prompt of --prompt, peers
+from an empty context, which spares them the cache. Prints a table, where speedup is elutq's over that program
+and the fraction is of the read bandwidth measured between the runs, and writes JSON to --out.
 """
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
+from random_gguf import TYPES, token_bytes, write_random_gguf
+from tables import print_table, results_file
 
-from elutq.architectures import EngineConfig, engine_config
-from elutq.bench import source_commit
-from elutq.runtime import cpu_name
-from elutq.shapes import SHAPES
+from elutq.bench import bench, source_commit
+from elutq.runtime import LanguageModel, cpu_name, random_model, read_bandwidth
+from elutq.scheme import QuantScheme
+from elutq.shapes import SHAPES, shape_config
 
-FIGURES = ("prefill_tok_s", "decode_tok_s")
+
+@dataclass(frozen=True)
+class Peer:
+    """A program to compare with.
+
+    Attributes:
+        name: what to call it.
+        program: its `llama-bench`.
+        kind: type of its weights.
+        options: given to it.
+        model: its model.
+        token_bytes: weights that a token of that model reads.
+    """
+
+    name: str
+    program: str
+    kind: str
+    options: str
+    model: Path
+    token_bytes: int
+
+    def run(self, prompts: Sequence[int], gen: int, threads: int) -> dict[str, float]:
+        """One `llama-bench`, each test once after its own warm-up: tokens per second."""
+        command = [self.program, "-m", str(self.model), "-t", str(threads), "-r", "1", "-o", "json"]
+        command += ["-p", ",".join(map(str, prompts)), "-n", str(gen), *shlex.split(self.options)]
+        output = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ).stdout
+        tests = json.loads(output[output.index("[\n") :])
+        return {
+            f"prefill_{test['n_prompt']}" if test["n_prompt"] else "decode": test["avg_ts"] for test in tests
+        }
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, print and write."""
+    llamas = [name for name, config in SHAPES.items() if config["model_type"] == "llama"]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", default="llama-2-7b", choices=[s for s in SHAPES if s.startswith("llama")])
+    parser.add_argument("--peer", action="append", required=True, metavar="NAME=PROGRAM:TYPE[:OPTIONS]")
+    parser.add_argument("--shape", default="llama-2-7b", choices=llamas)
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--gen", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--llama-bench", default=shutil.which("llama-bench"))
-    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--prompt", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--gen", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--isa", help="instruction set of elutq's kernels; by default the best one")
+    parser.add_argument("--models", type=Path, help="keep the peers' models here and use them again")
+    parser.add_argument("--out", type=Path, help="JSON file; by default one in benchmarks/results/")
     args = parser.parse_args()
-    if not args.llama_bench:
-        parser.error("llama-bench is not on PATH; build llama.cpp, or say --llama-bench")
 
     with tempfile.TemporaryDirectory() as work:
-        gguf = args.gguf or write_gguf(engine_config(SHAPES[args.shape]), Path(work) / "q2_k.gguf")
-        rows: list[dict[str, Any]] = []
+        peers = [parse_peer(text, args.shape, args.models or Path(work)) for text in args.peer]
+        rows = []
         for threads in args.threads:
-            ours, theirs = [], []
-            for _ in range(args.rounds):
-                ours.append(run_elutq(args.shape, args.bits, args.prompt, args.gen, threads))
-                theirs.append(run_llama_bench(args.llama_bench, gguf, args.prompt, args.gen, threads))
-            row: dict[str, Any] = {"threads": threads}
-            for figure in FIGURES:
-                row[figure] = median(run[figure] for run in ours)
-                row[f"llama_cpp_{figure}"] = median(run[figure] for run in theirs)
-                row[f"{figure}_ratio"] = row[figure] / row[f"llama_cpp_{figure}"]
-            for figure in ("read_bandwidth_gb_s", "decode_roofline_fraction", "peak_rss_bytes", "load_s"):
-                row[figure] = median(run[figure] for run in ours)
-            row["rounds"] = {"elutq": ours, "llama_cpp": theirs}
-            rows.append(row)
+            model = random_model(args.shape, args.bits, threads=threads, isa=args.isa)
+            rows += compare(model, args.bits, peers, args.prompt, args.gen, args.rounds)
+            isa = model.isa
+            model.close()
     result = {
         "shape": args.shape,
         "bits": args.bits,
         "group_size": 128,
-        "llama_cpp_model": args.gguf.name if args.gguf else "Q2_K, random",
-        "prompt": args.prompt,
+        "isa": isa,
         "gen": args.gen,
+        "rounds": args.rounds,
         "cpu": cpu_name(),
         "commit": source_commit(),
         "results": rows,
     }
-    print(json.dumps(result, indent=2))
+    print(f"{args.shape} on {cpu_name()}, {isa} kernels")
+    print_table([{key: value for key, value in row.items() if key != "runs"} for row in rows])
+    out = args.out or results_file(f"peers-{args.shape}-{args.bits}bit{f'-{args.isa}' if args.isa else ''}")
+    out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def run_elutq(shape: str, bits: int, prompt: int, gen: int, threads: int) -> dict[str, Any]:
-    """One `elutq bench`, in a process of its own as the peer is."""
-    command = [sys.executable, "-m", "elutq", "bench", "--shape", shape, "--bits", str(bits), "--json"]
-    command += ["--prompt", str(prompt), "--gen", str(gen), "--threads", str(threads), "--repeat", "3"]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    report: dict[str, Any] = json.loads(output.splitlines()[-1])
-    return report
+def parse_peer(text: str, shape: str, models: Path) -> Peer:
+    """A peer of the command line, its model written."""
+    name, _, rest = text.partition("=")
+    program, kind, options, *_ = [*rest.split(":", 2), "", ""]
+    found = shutil.which(program)
+    if found is None or kind not in TYPES:
+        raise SystemExit(f"--peer {text}: must be NAME=PROGRAM:TYPE, TYPE one of {', '.join(TYPES)}")
+    path = models / f"{shape}-{kind}.gguf"
+    config = shape_config(shape)
+    if not path.exists():
+        write_random_gguf(config, kind, path)
+    return Peer(name, found, kind, options, path, token_bytes(config, kind))
 
 
-def run_llama_bench(program: str, model: Path, prompt: int, gen: int, threads: int) -> dict[str, Any]:
-    """One `llama-bench`: its mean over three repeats."""
-    command = [program, "-m", str(model), "-t", str(threads), "-p", str(prompt), "-n", str(gen)]
-    command += ["-r", "3", "-o", "json"]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    tests = json.loads(output.stdout)
-    prefill = next(test for test in tests if test["n_prompt"])
-    decode = next(test for test in tests if test["n_gen"])
-    return {
-        "prefill_tok_s": prefill["avg_ts"],
-        "decode_tok_s": decode["avg_ts"],
-        "build": prefill["build_commit"],
-    }
+def compare(
+    model: LanguageModel, bits: int, peers: Sequence[Peer], prompts: Sequence[int], gen: int, rounds: int
+) -> list[dict[str, Any]]:
+    """One row per program: medians, and how many times as fast elutq is as that program."""
+    runs: dict[str, list[dict[str, float]]] = {}
+    bandwidth = []
+    for _ in range(rounds):
+        runs.setdefault("elutq", []).append(run_elutq(model, bits, prompts, gen))
+        bandwidth.append(read_bandwidth(model.threads))
+        for peer in peers:
+            runs.setdefault(f"{peer.name} {peer.kind}", []).append(peer.run(prompts, gen, model.threads))
+            bandwidth.append(read_bandwidth(model.threads))
+    read_bytes = [model.bytes_per_token(prompts[0] + gen // 2), *(peer.token_bytes for peer in peers)]
+    options = ["", *(peer.options for peer in peers)]
+    medians = {name: {key: median(r[key] for r in found) for key in found[0]} for name, found in runs.items()}
+    rows = []
+    for (name, figures), nbytes, option in zip(medians.items(), read_bytes, options, strict=True):
+        row: dict[str, Any] = {"program": name, "options": option, "threads": model.threads}
+        row["mb_per_token"] = nbytes / 1e6
+        for figure, own in medians["elutq"].items():
+            row[f"{figure}_tok_s"] = figures[figure]
+            row[f"{figure}_speedup"] = own / figures[figure]
+        row["read_gb_s"] = median(bandwidth)
+        row["decode_fraction"] = nbytes * figures["decode"] / 1e9 / median(bandwidth)
+        rows.append({**row, "runs": runs[name]})
+    return rows
 
 
-def write_gguf(config: EngineConfig, path: Path) -> Path:
-    """A Llama of this shape with random Q2_K blocks, a Q4_K head and a Q4_0 embedding."""
-    import gguf
-
-    types = gguf.GGMLQuantizationType
-    rng = np.random.default_rng(0)
-    scale = np.frombuffer(np.float16(0.0025).tobytes(), np.uint8)
-    # Bytes of the half-precision scales in a block; everything else in it may be any bits.
-    scale_offsets = {types.Q2_K: (80, 82), types.Q4_K: (0, 2), types.Q4_0: (0,)}
-
-    def random_matrix(rows: int, columns: int, kind: Any) -> np.ndarray[Any, Any]:
-        values, size = gguf.GGML_QUANT_SIZES[kind]
-        blocks = rng.integers(0, 256, (rows * columns // values, size), dtype=np.uint8)
-        for offset in scale_offsets[kind]:
-            blocks[:, offset : offset + 2] = scale
-        return blocks.reshape(rows, -1)
-
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-
-    def add(name: str, rows: int, columns: int, kind: Any) -> None:
-        writer.add_tensor(f"{name}.weight", random_matrix(rows, columns, kind), raw_dtype=kind)
-
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    kv_size = config.num_key_value_heads * config.head_dim
-    add("token_embd", config.vocab_size, hidden, types.Q4_0)
-    add("output", config.vocab_size, hidden, types.Q4_K)
-    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
-    for layer in range(config.num_hidden_layers):
-        for name, rows, columns in (
-            ("attn_q", hidden, hidden),
-            ("attn_k", kv_size, hidden),
-            ("attn_v", kv_size, hidden),
-            ("attn_output", hidden, hidden),
-            ("ffn_gate", intermediate, hidden),
-            ("ffn_up", intermediate, hidden),
-            ("ffn_down", hidden, intermediate),
-        ):
-            add(f"blk.{layer}.{name}", rows, columns, types.Q2_K)
-        for name in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(hidden, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+def run_elutq(model: LanguageModel, bits: int, prompts: Sequence[int], gen: int) -> dict[str, float]:
+    """The same tests, each once after its own warm-up."""
+    figures = {"decode": 0.0}
+    for prompt in prompts:
+        result = bench(model, QuantScheme(bits), prompt=prompt, gen=gen, repeat=1)
+        figures[f"prefill_{prompt}"] = result.prefill_tok_s
+        figures["decode"] = figures["decode"] or result.decode_tok_s
+    return figures
 
 
 if __name__ == "__main__":
