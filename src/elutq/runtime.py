@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from elutq import _core
 from elutq.architectures import EngineConfig, vectors
-from elutq.checkpoint import Checkpoint
+from elutq.checkpoint import Checkpoint, read_generation_config
 from elutq.errors import InvalidArgumentError, TokenizerError
 from elutq.generation import Generation, GenerationRequest, Piece, token_array
 from elutq.packing import HlqMatrix
@@ -25,6 +25,9 @@ from elutq.tokenizer import Tokenizer
 
 #: Prompt tokens that go through the model between two looks at Ctrl-C.
 _PREFILL_TOKENS = 512
+
+#: Sampling options that a `generation_config.json` may state.
+_RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 SequenceState = _core.Sequence
 
@@ -97,6 +100,19 @@ class LanguageModel:
         if self._folder is None:
             raise TokenizerError("a model with random weights has no tokenizer; use token ids")
         return Tokenizer.from_folder(self._folder)
+
+    @cached_property
+    def recommended_sampling(self) -> SamplingOptions:
+        """How the model's `generation_config.json` samples; empty when it does not.
+
+        Raises:
+            ConfigError: the file is malformed.
+        """
+        config = {} if self._folder is None else read_generation_config(self._folder)
+        if config.get("do_sample") is not True:
+            return {}
+        stated = {key: config[key] for key in _RECOMMENDED if isinstance(config.get(key), (int, float))}
+        return SamplingOptions(**{"temperature": 1.0, **stated})  # type: ignore[typeddict-item]
 
     @property
     def isa(self) -> str:

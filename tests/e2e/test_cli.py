@@ -66,7 +66,15 @@ def test_help_is_light() -> None:
     )
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert "elutq.cli" in imported
-    assert not imported & {"numpy", "tokenizers", "jinja2", "huggingface_hub", "torch", "elutq._core"}
+    assert not imported & {
+        "numpy",
+        "tokenizers",
+        "jinja2",
+        "huggingface_hub",
+        "torch",
+        "prompt_toolkit",
+        "elutq._core",
+    }
 
 
 def test_an_error_is_one_line() -> None:

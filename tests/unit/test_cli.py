@@ -42,7 +42,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_lists_the_commands() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("quantize", "eval", "generate", "bench", "inspect", "demo"):
+    for command in ("quantize", "eval", "generate", "chat", "bench", "inspect", "demo"):
         assert command in result.stdout
         assert run(command, "--help").exit_code == 0
 
@@ -180,7 +180,8 @@ def test_generate(quantized: Path) -> None:
     assert greedy != result["text"] + "\n"
     word = greedy.split()[2]
     assert word not in run(*command, "--stop", "nowhere", "--stop", word).stdout
-    assert run("generate", quantized, "-n", 12, stdin="Once upon a time\n").stdout == greedy
+    for given in ((), ("-p", "-")):
+        assert run("generate", quantized, *given, "-n", 12, stdin="Once upon a time\n").stdout == greedy
 
 
 def test_bench(quantized: Path) -> None:
@@ -223,6 +224,9 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("eval", "{without_tokenizer}", "--text", "{text}"), "has no tokenizer.json"),
         (("generate", "{without_tokenizer}", "-p", "hi"), "has no tokenizer.json"),
         (("generate", "/no/such/folder", "-p", "hi"), "there is no folder /no/such/folder"),
+        (("chat", "{quantized}"), "has no chat template, so it is not a chat model"),
+        (("chat", "{without_tokenizer}"), "has no tokenizer.json"),
+        (("chat", "{quantized}", "--ctx", 0), "context must be from 1"),
         (("generate", "{quantized}", "-p", ""), "the prompt has 0 tokens"),
         (("generate", "{quantized}", "-p", "hi", "-n", 0), "max_new_tokens must be at least 1, not 0"),
         (("generate", "{quantized}", "-p", "hi", "--temperature", -1), "temperature"),

@@ -1,7 +1,7 @@
 """Model folders on disk: Hugging Face folders as they come, and HLQ folders (`docs/format.md`)."""
 
 from elutq.checkpoint.contents import Part, model_parts
-from elutq.checkpoint.folder import HUB_ID, side_files
+from elutq.checkpoint.folder import HUB_ID, read_generation_config, side_files
 from elutq.checkpoint.reader import Checkpoint
 from elutq.checkpoint.safetensors import TensorInfo, TensorSpec
 from elutq.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
@@ -15,5 +15,6 @@ __all__ = [
     "TensorInfo",
     "TensorSpec",
     "model_parts",
+    "read_generation_config",
     "side_files",
 ]

@@ -12,6 +12,7 @@ from elutq.checkpoint.torch_file import TorchFile
 from elutq.errors import ConfigError, HeaderError, MissingFileError
 
 CONFIG_FILE = "config.json"
+_GENERATION_CONFIG_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _TORCH_FILE = "pytorch_model.bin"
@@ -75,6 +76,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     except MissingFileError as error:
         raise ConfigError(f"{error}; is {folder} a Hugging Face model folder?") from error
     return parse_json_object(text, str(folder / CONFIG_FILE), ConfigError)
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """The parsed `generation_config.json`, empty if there is none.
+
+    Raises:
+        ConfigError: it is malformed.
+    """
+    path = folder / _GENERATION_CONFIG_FILE
+    return parse_json_object(_read_json_file(path), str(path), ConfigError) if path.exists() else {}
 
 
 def open_weights(folder: Path) -> list[WeightFile]:

@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 
 from elutq import __version__
 from elutq.cli.bench import bench
+from elutq.cli.chat import chat
 from elutq.cli.demo import demo
 from elutq.cli.evaluate import evaluate
 from elutq.cli.generate import generate
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
+app.command("chat")(chat)
 app.command("bench")(bench)
 app.command("inspect")(inspect)
 app.command("demo")(demo)

@@ -12,7 +12,8 @@ from elutq.errors import InvalidArgumentError
 def generate(
     model: ModelArgument,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; by default stdin.")
+        str | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help='Text to continue; "-", the default, is stdin.'),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Stop after so many.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
@@ -39,9 +40,9 @@ def generate(
     from elutq.cli.console import print_json
     from elutq.runtime import load
 
-    if prompt is None:
-        if sys.stdin.isatty():
-            raise InvalidArgumentError("there is no prompt; give one with -p, or on stdin")
+    if prompt is None and sys.stdin.isatty():
+        raise InvalidArgumentError("there is no prompt; give one with -p, or on stdin")
+    if prompt in (None, "-"):
         prompt = sys.stdin.read().removesuffix("\n")  # the one that `echo` and editors add
     language_model = load(model, threads=threads, isa=isa)
     start = time.perf_counter()
