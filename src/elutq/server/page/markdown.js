@@ -319,12 +319,13 @@ function appendInline(parent, text) {
     if (token.index > at) literal(text.slice(at, token.index));
     const [source] = token;
     const { code, address, bare, marks } = token.groups;
-    if (code !== undefined) nodes.push(el("code", {}, codeText(code)));
+    if (source[0] === "\\") literal(source[1]);
+    else if (code !== undefined) nodes.push(el("code", {}, codeText(code)));
     else if (marks) emphasis(marks, token.index);
     else if (source === "\n") nodes.push(el("br"));
     else if (source.endsWith("[")) openMark("[", 1, source);
     else if (source === "]") TOKEN.lastIndex = closeLink(token.index + 1);
-    else if (address || bare) {
+    else {
       const url = address ?? trimmedUrl(bare);
       const link = open.some(({ mark }) => mark === "[") ? null : linkTo(url);
       if (link) {
@@ -332,7 +333,7 @@ function appendInline(parent, text) {
         nodes.push(link);
         if (bare) TOKEN.lastIndex = token.index + url.length;
       } else literal(source);
-    } else literal(source.slice(1));
+    }
   }
   literal(text.slice(at));
   for (const node of nodes) parent.append(node);
