@@ -21,6 +21,7 @@
 #include "base/half.h"
 #include "base/thread_pool.h"
 #include "kernels/bandwidth.h"
+#include "ops/attention.h"
 
 namespace {
 
@@ -155,20 +156,40 @@ void bench_dense(const KernelTable& kernels, ThreadPool& pool, int64_t rows, int
             figure("gmac_s", work * static_cast<double>(count) / seconds / 1e9));
 }
 
-void bench_attention(const KernelTable& kernels, int64_t heads, int64_t length) {
-  constexpr int64_t kHeadDim = 128;
-  const std::vector<uint16_t> cache(static_cast<size_t>(length * kHeadDim), float_to_half(0.1f));
-  const std::vector<float> q = random_floats(heads * kHeadDim);
-  std::vector<float> scores(static_cast<size_t>(heads * length));
-  std::vector<float> out(static_cast<size_t>(heads * kHeadDim));
-  const KvSpan span{cache.data(), cache.data(), length};
-  const double seconds = median_seconds(
-      20, [&] { kernels.attention(q.data(), heads, kHeadDim, &span, 1, 0.1f, scores.data(), out.data()); });
-  const double work = static_cast<double>(2 * heads * length * kHeadDim);
+/// `tokens` queries at the end of a context of 8 key-value heads, in 8 layers: together more than the caches hold.
+void bench_attention(const KernelTable& kernels, ThreadPool& pool, KvType type, int64_t group, int64_t context,
+                     int64_t tokens) {
+  constexpr int64_t kKvHeads = 8;
+  constexpr int64_t kLayers = 8;
+  const AttentionShape shape{.num_attention_heads = kKvHeads * group, .num_key_value_heads = kKvHeads, .head_dim = 128};
+  const KvLayout layout{type, shape.head_dim};
+  const std::vector<float> q = random_floats(tokens * shape.q_size());
+  std::vector<float> out(q.size());
+  std::vector<AlignedBuffer<uint8_t>> pages;
+  std::vector<const uint8_t*> addresses;
+  for (int64_t position = 0; position < context; ++position) {
+    const int64_t slot = position % kPagePositions;
+    if (slot == 0) addresses.push_back(pages.emplace_back(kLayers * kKvHeads * layout.bytes()).data());
+    for (int64_t head = 0; head < kLayers * kKvHeads; ++head) {
+      kernels.store_kv(layout, q.data(), q.data(), slot, pages.back().data() + head * layout.bytes());
+    }
+  }
+  Attention attention({&kernels, &pool, false}, shape);
+  const double seconds = median_seconds(7, [&] {
+    for (int64_t layer = 0; layer < kLayers; ++layer) {
+      const AttentionRun run = {layout, addresses.data(), layer * kKvHeads * layout.bytes(), context - tokens, tokens};
+      attention.run(q.data(), {&run, 1}, 0, out.data());
+    }
+  });
+  const double positions = static_cast<double>(kLayers * kKvHeads * context);
+  const double seen =
+      static_cast<double>(tokens) * (1.0 - static_cast<double>(tokens - 1) / (2.0 * static_cast<double>(context)));
   print(kernels, "attention",
-        figure("heads", static_cast<double>(heads)) + ", " + figure("length", static_cast<double>(length)) + ", " +
-            figure("gmac_s", work / seconds / 1e9) + ", " +
-            figure("cache_gb_s", work / static_cast<double>(heads) * 2 / seconds / 1e9));
+        figure("kv_bits", static_cast<double>(8 * layout.element_bytes())) + ", " +
+            figure("group", static_cast<double>(group)) + ", " + figure("context", static_cast<double>(context)) +
+            ", " + figure("tokens", static_cast<double>(tokens)) + ", " +
+            figure("gmac_s", 2 * positions * seen * static_cast<double>(group * shape.head_dim) / seconds / 1e9) +
+            ", " + figure("gb_s", positions * static_cast<double>(layout.bytes()) / kPagePositions / seconds / 1e9));
 }
 
 }  // namespace
@@ -191,8 +212,12 @@ int main(int argc, char** argv) {
     bench_tables(kernels);
     bench_dense(kernels, pool, 65536, 1);
     bench_dense(kernels, pool, 1024, 64);
-    bench_attention(kernels, 1, 2048);
-    bench_attention(kernels, 4, 2048);
+    for (const KvType type : {KvType::kFloat16, KvType::kInt8}) {
+      for (const int64_t group : {1, 4}) {
+        bench_attention(kernels, pool, type, group, 4096, 1);
+        bench_attention(kernels, pool, type, group, 512, 128);
+      }
+    }
   }
   return 0;
 }

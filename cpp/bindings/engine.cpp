@@ -56,6 +56,12 @@ ModelConfig to_model_config(nb::handle config) {
   return result;
 }
 
+KvType to_kv_type(std::string_view name) {
+  if (name == "fp16") return KvType::kFloat16;
+  if (name == "int8") return KvType::kInt8;
+  throw std::invalid_argument("kv_cache must be fp16 or int8, not " + std::string(name));
+}
+
 void set_hlq(Engine& engine, std::string_view name, Array<uint8_t, 3> planes, Array<uint16_t, 3> scales,
              Array<uint16_t, 2> zeros, int64_t in_features, int64_t group_size) {
   HlqView view;
@@ -134,14 +140,16 @@ void bind_engine(nb::module_& m) {
   nb::class_<Engine>(m, "Engine", "A model on this machine.")
       .def(
           "__init__",
-          [](Engine* self, nb::handle config, std::string_view isa, int threads, bool exact) {
-            new (self) Engine(to_model_config(config), isa, threads, exact);
+          [](Engine* self, nb::handle config, std::string_view isa, int threads, bool exact,
+             std::string_view kv_cache) {
+            new (self) Engine(to_model_config(config), isa, threads, exact, to_kv_type(kv_cache));
           },
-          "config"_a, "isa"_a, "threads"_a, "exact"_a)
+          "config"_a, "isa"_a, "threads"_a, "exact"_a, "kv_cache"_a)
       .def_prop_ro("isa", &Engine::isa)
       .def_prop_ro("threads", &Engine::threads)
       .def_prop_ro("weight_memory_bytes", [](const Engine& engine) { return engine.weights().memory_bytes(); })
       .def_prop_ro("weight_bytes_per_token", [](const Engine& engine) { return engine.weights().bytes_per_token(); })
+      .def_prop_ro("kv_layer_bytes", &Engine::kv_layer_bytes)
       .def("set_hlq", &set_hlq, "name"_a, "planes"_a, "scales"_a, "zeros"_a, "in_features"_a, "group_size"_a)
       .def("set_float32", &set_dense<DenseType::kFloat32, float>, "name"_a, "values"_a)
       .def("set_float16", &set_dense<DenseType::kFloat16, uint16_t>, "name"_a, "values"_a)

@@ -4,11 +4,15 @@
 
 namespace elutq {
 
-Engine::Engine(const ModelConfig& config, std::string_view isa, int threads, bool exact)
-    : pool_(threads), backend_{&select_kernels(isa), &pool_, exact}, weights_(config, backend_) {}
+Engine::Engine(const ModelConfig& config, std::string_view isa, int threads, bool exact, KvType kv_type)
+    : pool_(threads), backend_{&select_kernels(isa), &pool_, exact}, kv_type_(kv_type), weights_(config, backend_) {}
+
+int64_t Engine::kv_layer_bytes() const {
+  return config().num_key_value_heads * KvLayout{kv_type_, config().head_dim}.bytes() / kPagePositions;
+}
 
 std::shared_ptr<KvCache> Engine::new_sequence(int64_t max_positions) const {
-  return std::make_shared<KvCache>(config(), std::min(max_positions, config().max_position_embeddings));
+  return std::make_shared<KvCache>(config(), kv_type_, std::min(max_positions, config().max_position_embeddings));
 }
 
 void Engine::step(std::span<const StepItem> items, float* logits) {

@@ -31,9 +31,9 @@
 ///       acc = fma(mid, table_sum[segment], acc)
 ///
 /// Therefore one output depends on its own row and its own token alone: not on the batch, the number of threads, the
-/// split of the rows or the instruction set. The other entries keep the same promise: wherever they add floats, they
-/// add them in 16 lanes (element i to lane i % 16, in order) and then fold lane i + 8 onto i, i + 4, i + 2, i + 1. So a
-/// whole forward pass gives the same bits on every machine.
+/// split of the rows or the instruction set. The other entries keep the same promise: attention adds in the order
+/// stated there, and all others add floats in 16 lanes (element i to lane i % 16, in order) and then fold lane i + 8
+/// onto i, i + 4, i + 2, i + 1. So a whole forward pass gives the same bits on every machine.
 
 #include <cstdint>
 #include <string_view>
@@ -85,12 +85,61 @@ struct TableView {
 
 enum class DenseType { kFloat32, kFloat16, kBFloat16 };
 
-/// A run of consecutive positions of one head of one sequence's cache, fp16.
-struct KvSpan {
-  const uint16_t* keys = nullptr;    ///< [length][head_dim]
-  const uint16_t* values = nullptr;  ///< [length][head_dim]
-  int64_t length = 0;
+enum class KvType { kFloat16, kInt8 };
+
+/// Positions of a page of a sequence's cache, and of a section, whose softmax is computed at once. Both begin at
+/// multiples of their length: where a position lies and what it is added to never depends on how it came there.
+inline constexpr int64_t kPagePositions = 64;
+inline constexpr int64_t kSectionPositions = 1024;
+
+/// How the keys and values of one head lie in a page:
+///
+///     keys    [head_dim][kPagePositions]       so that one vector holds the same column of many positions
+///     values  [kPagePositions][value_columns]
+///     scales  fp32 [kPagePositions] of the keys, then of the values; int8 only: x = scale * stored
+struct KvLayout {
+  KvType type = KvType::kFloat16;
+  int64_t head_dim = 0;
+
+  [[gnu::always_inline]] int64_t element_bytes() const { return type == KvType::kFloat16 ? 2 : 1; }
+  /// head_dim, padded to whole vectors.
+  [[gnu::always_inline]] int64_t value_columns() const { return (head_dim + 15) / 16 * 16; }
+  [[gnu::always_inline]] int64_t values_offset() const { return head_dim * kPagePositions * element_bytes(); }
+  [[gnu::always_inline]] int64_t scales_offset() const {
+    return values_offset() + kPagePositions * value_columns() * element_bytes();
+  }
+  /// Of one head's part of a page: a multiple of 64.
+  [[gnu::always_inline]] int64_t bytes() const {
+    return scales_offset() + (type == KvType::kInt8 ? 2 * kPagePositions * static_cast<int64_t>(sizeof(float)) : 0);
+  }
 };
+
+/// Query heads that share one key-value head, of consecutive tokens of one sequence.
+struct AttentionTile {
+  KvLayout layout;
+  const uint8_t* const* pages = nullptr;  ///< the sequence's pages, from position 0 on, aligned to 64 bytes
+  int64_t head_offset = 0;                ///< where the key-value head's part begins in each page
+  int64_t position = 0;                   ///< of the first token; token t sees up to position + t, itself included
+  int64_t window = 0;                     ///< a token sees so many positions at most; 0: all
+  int64_t tokens = 0;
+  int64_t heads = 0;
+  const float* q = nullptr;  ///< q[t * q_stride + h * head_dim + d]
+  int64_t q_stride = 0;
+  float scale = 0.0f;  ///< of the scores
+
+  [[gnu::always_inline]] int64_t rows() const { return tokens * heads; }
+  /// First section that a token sees, and one past the last.
+  [[gnu::always_inline]] int64_t section_begin() const {
+    return window == 0 || position < window ? 0 : (position + 1 - window) / kSectionPositions;
+  }
+  [[gnu::always_inline]] int64_t section_end() const { return (position + tokens - 1) / kSectionPositions + 1; }
+};
+
+/// Floats of what one row (token t, head h: t * heads + h) keeps of a section: [value_columns] values, each times its
+/// weight exp(score - largest), added up; the largest score; the sum of the weights, 0 when the row sees nothing there.
+[[gnu::always_inline]] inline int64_t partial_floats(const KvLayout& layout) { return layout.value_columns() + 2; }
+/// Floats between the scores of two rows: a little more than a section, which would put all rows' into one cache set.
+inline constexpr int64_t kScoreStride = kSectionPositions + 16;
 
 struct KernelTable {
   std::string_view isa;  ///< "scalar", "avx2", "avx512", "avx512vbmi", "neon"
@@ -135,11 +184,27 @@ struct KernelTable {
   void (*add)(const float* x, int64_t count, float* y);
   /// y = gate / (1 + exp(-gate)) * up, elementwise. y may be gate.
   void (*silu_mul)(const float* gate, const float* up, int64_t count, float* y);
-  /// Attention of `heads` query heads that share one key-value head, one token, all positions of the spans visible:
-  /// out[h] = sum_j softmax_j(scale * q[h].k[j]) v[j]. q, out: [heads][head_dim]; scores: scratch [heads][sum of
-  /// lengths].
-  void (*attention)(const float* q, int64_t heads, int64_t head_dim, const KvSpan* spans, int64_t span_count,
-                    float scale, float* scores, float* out);
+
+  // ---- Attention ----------------------------------------------------------------------------------------------
+  //
+  // The keys and values a token sees are cut at fixed positions, into sections. In each, for each head,
+  //
+  //     score[j]  = scale * sum_d q[d] * key[j][d]                       d ascending, from 0, fused
+  //     weight[j] = exp(score[j] - largest)                              `largest`, and the weights' sum in 16 lanes
+  //     value[d]  = sum_j weight[j] * value[j][d]                        j ascending, from 0, fused
+  //
+  // with score[j] times the key's scale and weight[j] times the value's in an int8 cache. Sections are then merged:
+  // with `most` the largest of all, out[d] = sum_s w_s * value_s[d] * (1 / sum_s w_s * sum_s), w_s = exp(largest_s -
+  // most), s ascending, fused. Nothing depends on what other tokens are attended with.
+
+  /// Puts a key and a value, fp32 [head_dim], into slot 0..63 of one head's part of a page. int8: rounded to
+  /// multiples of largest / 127, half to even; all 0 when the largest magnitude is below 2^-100.
+  void (*store_kv)(const KvLayout& layout, const float* key, const float* value, int64_t slot, uint8_t* page);
+  /// Attention within a section. scores: scratch [rows][kScoreStride]; partials: [rows][partial_floats].
+  void (*attention)(const AttentionTile& tile, int64_t section, float* scores, float* partials);
+  /// Merges a tile's partials, [sections][rows][partial_floats], at least one of them not empty for each row.
+  /// out[t * q_stride + h * head_dim + d].
+  void (*merge_attention)(const AttentionTile& tile, int64_t sections, const float* partials, float* out);
 };
 
 /// Table of the named instruction set, or nullptr when it was not built or this machine cannot run it.

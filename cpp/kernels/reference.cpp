@@ -1,7 +1,9 @@
 #include "kernels/reference.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <vector>
 
 #include "base/half.h"
 
@@ -138,6 +140,62 @@ void matmul_double(const HlqView& matrix, const float* x, int64_t tokens, double
         y[token * shape.out_features + row] += w * x[token * shape.in_features + column];
       }
     }
+  }
+}
+
+float exp(float x) {
+  x = std::min(88.0f, std::max(-87.0f, x));
+  const float shifted = std::fma(x, 1.44269504f, 0x1.8p23f);
+  const float n = shifted - 0x1.8p23f;
+  float r = std::fma(n, -0.693359375f, x);
+  r = std::fma(n, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  for (const float coefficient :
+       {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+    p = std::fma(p, r, coefficient);
+  }
+  p = std::fma(p, r * r, r) + 1.0f;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(shifted) << 23));
+}
+
+void attention(const float* query, const float* keys, const float* values, const float* key_scales,
+               const float* value_scales, int64_t begin, int64_t positions, int64_t head_dim, float scale, float* out) {
+  struct Partial {
+    float largest;
+    float sum;
+    std::vector<float> value;
+  };
+  std::vector<Partial> partials;
+  for (int64_t first = 0; first < positions;) {
+    const int64_t section_end = (begin + first) / kSectionPositions * kSectionPositions + kSectionPositions;
+    const int64_t count = std::min(positions - first, section_end - (begin + first));
+    std::vector<float> weights;
+    for (int64_t j = first; j < first + count; ++j) {
+      float score = 0.0f;
+      for (int64_t d = 0; d < head_dim; ++d) score = std::fma(query[d], keys[j * head_dim + d], score);
+      score = scale * score;
+      weights.push_back(key_scales == nullptr ? score : score * key_scales[j]);
+    }
+    Partial partial{*std::max_element(weights.begin(), weights.end()), 0.0f, std::vector<float>(head_dim)};
+    for (float& weight : weights) weight = exp(weight - partial.largest);
+    partial.sum = sum(weights.data(), count);
+    for (int64_t j = 0; j < count; ++j) {
+      const float weight = value_scales == nullptr ? weights[j] : weights[j] * value_scales[first + j];
+      for (int64_t d = 0; d < head_dim; ++d) {
+        partial.value[d] = std::fma(weight, values[(first + j) * head_dim + d], partial.value[d]);
+      }
+    }
+    partials.push_back(partial);
+    first += count;
+  }
+  float most = partials[0].largest;
+  for (const Partial& partial : partials) most = std::max(most, partial.largest);
+  float total = 0.0f;
+  for (const Partial& partial : partials) total = std::fma(exp(partial.largest - most), partial.sum, total);
+  for (int64_t d = 0; d < head_dim; ++d) {
+    float value = 0.0f;
+    for (const Partial& partial : partials) value = std::fma(exp(partial.largest - most), partial.value[d], value);
+    out[d] = value * (1.0f / total);
   }
 }
 

@@ -32,4 +32,13 @@ void matmul(const HlqView& matrix, const TableView* tables, int64_t tokens, floa
 /// The matrix product in double. x: [tokens][in_features], y: [tokens][out_features].
 void matmul_double(const HlqView& matrix, const float* x, int64_t tokens, double* y);
 
+/// e^x as every KernelTable computes it.
+float exp(float x);
+
+/// KernelTable::attention and merge_attention of one token and one head over all sections, bit for bit. queries: fp32
+/// [head_dim]; keys, values: fp32 [positions][head_dim], what the token sees, the first of them at position `begin`;
+/// key_scales, value_scales: [positions], of an int8 cache, else nullptr; out: [head_dim].
+void attention(const float* query, const float* keys, const float* values, const float* key_scales,
+               const float* value_scales, int64_t begin, int64_t positions, int64_t head_dim, float scale, float* out);
+
 }  // namespace elutq::reference

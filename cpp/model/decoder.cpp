@@ -128,23 +128,15 @@ void Decoder::attend(std::span<const Row> rows, int64_t layer_index) {
     const float* sin = sin_.data() + t * head_dim / 2;
     kernels.rope(q, config_.num_attention_heads, head_dim, cos, sin);
     kernels.rope(k, config_.num_key_value_heads, head_dim, cos, sin);
-    const Row& row = rows[t];
-    for (int64_t h = 0; h < config_.num_key_value_heads; ++h) {
-      kernels.to_half(k + h * head_dim, head_dim, row.sequence->key(layer_index, h, row.position));
-      kernels.to_half(v + h * head_dim, head_dim, row.sequence->value(layer_index, h, row.position));
-    }
+    rows[t].sequence->store(kernels, layer_index, rows[t].position, k, v);
   });
 
-  const int64_t window = config_.sliding_windows[layer_index];
-  int64_t max_visible = 0;
-  for (const Row& row : rows) max_visible = std::max(max_visible, row.position + 1);
-  if (window != 0) max_visible = std::min(max_visible, window);
-  const auto visible = [&](int64_t t, int64_t kv_head, std::vector<KvSpan>& spans) {
-    const int64_t end = rows[t].position + 1;
-    const int64_t begin = window == 0 ? 0 : std::max<int64_t>(0, end - window);
-    rows[t].sequence->spans(layer_index, kv_head, begin, end, spans);
-  };
-  attention_.run(q_.data(), tokens, max_visible, std::cref(visible), attended_.row(0));
+  runs_.clear();
+  for (size_t t = 0, next = 0; t < rows.size(); t = next) {
+    while (next < rows.size() && rows[next].sequence == rows[t].sequence) ++next;
+    runs_.push_back(rows[t].sequence->run(layer_index, rows[t].position, static_cast<int64_t>(next - t)));
+  }
+  attention_.run(q_.data(), runs_, config_.sliding_windows[layer_index], attended_.row(0));
 
   const std::array<const Linear*, 1> output = {&layer.o_proj};
   for_each_token(tokens, [&](int64_t t) {

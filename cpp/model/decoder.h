@@ -77,6 +77,7 @@ class Decoder {
   Activations attended_;            // q_size
   Activations gated_;               // intermediate_size
   std::vector<Row> rows_;           // of the whole step
+  std::vector<AttentionRun> runs_;  // of a chunk: its tokens by sequence
 };
 
 }  // namespace elutq

@@ -1,21 +1,19 @@
 #include "model/kv_cache.h"
 
-#include <algorithm>
 #include <stdexcept>
 #include <string>
 
 namespace elutq {
 
-KvCache::KvCache(const ModelConfig& config, int64_t max_positions)
-    : layers_(config.num_hidden_layers),
+KvCache::KvCache(const ModelConfig& config, KvType type, int64_t max_positions)
+    : layout_{type, config.head_dim},
+      layers_(config.num_hidden_layers),
       kv_heads_(config.num_key_value_heads),
-      head_dim_(config.head_dim),
-      page_values_(layers_ * kv_heads_ * 2 * kPagePositions * head_dim_),
       max_positions_(max_positions) {}
 
 bool KvCache::fits(const ModelConfig& config) const {
   return layers_ == config.num_hidden_layers && kv_heads_ == config.num_key_value_heads &&
-         head_dim_ == config.head_dim && max_positions_ <= config.max_position_embeddings;
+         layout_.head_dim == config.head_dim && max_positions_ <= config.max_position_embeddings;
 }
 
 void KvCache::reserve(int64_t positions) {
@@ -24,7 +22,11 @@ void KvCache::reserve(int64_t positions) {
                                 " tokens, but the context is limited to " + std::to_string(max_positions_) +
                                 "; shorten the prompt or ask for fewer new tokens");
   }
-  while (static_cast<int64_t>(pages_.size()) * kPagePositions < positions) pages_.emplace_back(page_values_);
+  while (static_cast<int64_t>(pages_.size()) * kPagePositions < positions) {
+    addresses_.reserve(pages_.size() + 1);
+    pages_.emplace_back(layers_ * layer_bytes());
+    addresses_.push_back(pages_.back().data());
+  }
 }
 
 void KvCache::truncate(int64_t length) {
@@ -34,27 +36,21 @@ void KvCache::truncate(int64_t length) {
   }
   length_ = length;
   pages_.resize((length + kPagePositions - 1) / kPagePositions);
+  addresses_.resize(pages_.size());
 }
 
-uint16_t* KvCache::run(int64_t layer, int64_t kv_head, int64_t position) {
-  const int64_t run_values = 2 * kPagePositions * head_dim_;
-  return pages_[position / kPagePositions].data() + (layer * kv_heads_ + kv_head) * run_values +
-         position % kPagePositions * head_dim_;
-}
-
-void KvCache::spans(int64_t layer, int64_t kv_head, int64_t begin, int64_t end, std::vector<KvSpan>& out) const {
-  const int64_t run_values = 2 * kPagePositions * head_dim_;
-  out.clear();
-  for (int64_t position = begin; position < end;) {
-    const int64_t offset = position % kPagePositions;
-    const int64_t length = std::min(kPagePositions - offset, end - position);
-    const uint16_t* keys = pages_[position / kPagePositions].data() + (layer * kv_heads_ + kv_head) * run_values;
-    const uint16_t* values = keys + kPagePositions * head_dim_;
-    out.push_back({keys + offset * head_dim_, values + offset * head_dim_, length});
-    position += length;
+void KvCache::store(const KernelTable& kernels, int64_t layer, int64_t position, const float* key, const float* value) {
+  uint8_t* head = pages_[position / kPagePositions].data() + layer * layer_bytes();
+  for (int64_t h = 0; h < kv_heads_; ++h, head += layout_.bytes()) {
+    const int64_t offset = h * layout_.head_dim;
+    kernels.store_kv(layout_, key + offset, value + offset, position % kPagePositions, head);
   }
 }
 
-int64_t KvCache::memory_bytes() const { return static_cast<int64_t>(pages_.size()) * page_values_ * 2; }
+AttentionRun KvCache::run(int64_t layer, int64_t position, int64_t tokens) const {
+  return {layout_, addresses_.data(), layer * layer_bytes(), position, tokens};
+}
+
+int64_t KvCache::memory_bytes() const { return static_cast<int64_t>(pages_.size()) * layers_ * layer_bytes(); }
 
 }  // namespace elutq

@@ -9,17 +9,15 @@
 
 namespace elutq {
 
-/// Keys and values of one sequence, fp16, in pages of kPagePositions positions that are allocated as it grows.
+/// Keys and values of one sequence, in pages of kPagePositions positions that are allocated as it grows.
 ///
-/// A page is [layer][key-value head][keys, values][kPagePositions][head_dim], so that what attention reads of one head
-/// is contiguous within a page. A position always lies in the same place of the same page: how a sequence was cut into
-/// steps leaves no trace.
+/// A page is [layer][key-value head], each as KvLayout says, so that what attention reads of one head is contiguous
+/// within a page. A position always lies in the same place of the same page: how a sequence was cut into steps leaves
+/// no trace.
 class KvCache {
  public:
-  static constexpr int64_t kPagePositions = 64;
-
   /// An empty sequence of at most `max_positions`.
-  KvCache(const ModelConfig& config, int64_t max_positions);
+  KvCache(const ModelConfig& config, KvType type, int64_t max_positions);
   KvCache(const KvCache&) = delete;
   KvCache& operator=(const KvCache&) = delete;
 
@@ -36,27 +34,24 @@ class KvCache {
   /// are fewer.
   void truncate(int64_t length);
 
-  /// Where the key or value [head_dim] of a reserved position goes.
-  uint16_t* key(int64_t layer, int64_t kv_head, int64_t position) { return run(layer, kv_head, position); }
-  uint16_t* value(int64_t layer, int64_t kv_head, int64_t position) {
-    return run(layer, kv_head, position) + kPagePositions * head_dim_;
-  }
-  /// Positions [begin, end) of one head, in order.
-  void spans(int64_t layer, int64_t kv_head, int64_t begin, int64_t end, std::vector<KvSpan>& out) const;
+  /// Stores the key and value, fp32 [num_key_value_heads][head_dim] each, of a reserved position.
+  void store(const KernelTable& kernels, int64_t layer, int64_t position, const float* key, const float* value);
+  /// `tokens` positions from `position` on, as queries of a layer. Valid until the sequence grows or is truncated.
+  AttentionRun run(int64_t layer, int64_t position, int64_t tokens) const;
 
   /// Memory of all pages.
   int64_t memory_bytes() const;
 
  private:
-  uint16_t* run(int64_t layer, int64_t kv_head, int64_t position);
+  int64_t layer_bytes() const { return kv_heads_ * layout_.bytes(); }
 
+  KvLayout layout_;
   int64_t layers_;
   int64_t kv_heads_;
-  int64_t head_dim_;
-  int64_t page_values_;
   int64_t max_positions_;
   int64_t length_ = 0;
-  std::vector<AlignedBuffer<uint16_t>> pages_;
+  std::vector<AlignedBuffer<uint8_t>> pages_;
+  std::vector<const uint8_t*> addresses_;  // of the pages
 };
 
 }  // namespace elutq

@@ -1,7 +1,7 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
+#include <span>
 #include <vector>
 
 #include "ops/backend.h"
@@ -19,27 +19,54 @@ struct AttentionShape {
   int64_t group() const { return num_attention_heads / num_key_value_heads; }
 };
 
+/// Consecutive tokens of one sequence, and the layer of its cache that they attend to.
+struct AttentionRun {
+  KvLayout layout;
+  const uint8_t* const* pages = nullptr;  ///< of the sequence, from position 0 on
+  int64_t layer_offset = 0;               ///< where the layer's first head begins in each page; the others follow it
+  int64_t position = 0;                   ///< of the first token
+  int64_t tokens = 0;
+};
+
 /// Attention of many tokens, each over the cached positions it may see.
 class Attention {
  public:
-  /// Gives the spans that `token` sees of `kv_head`: clears and fills `spans`. Called concurrently.
-  using VisibleSpans = std::function<void(int64_t token, int64_t kv_head, std::vector<KvSpan>& spans)>;
-
   Attention(const Backend& backend, const AttentionShape& shape);
 
-  /// out[t] = attention of q[t], over items (token, key-value head) in parallel.
-  /// q: fp32 [tokens][q_size], rotated; out: fp32 [tokens][q_size]; max_visible: most positions any token sees.
-  void run(const float* q, int64_t tokens, int64_t max_visible, const VisibleSpans& visible, float* out);
+  /// out[t] = attention of q[t]. Each token sees positions of its sequence up to its own, the last `window` of them (0:
+  /// all). q: fp32 [tokens of all runs][q_size], rotated; out: fp32, the same shape.
+  void run(const float* q, std::span<const AttentionRun> runs, int64_t window, float* out);
 
  private:
-  struct Scratch {
-    std::vector<KvSpan> spans;
-    std::vector<float> scores;  // [group][positions]
+  /// A tile of one key-value head.
+  struct Item {
+    AttentionTile tile;
+    float* out;
+    int64_t partials;  // where its partials begin in partials_, when sections are shared out
   };
+  /// One section of an item.
+  struct Piece {
+    const Item* item;
+    int64_t section;
+  };
+  struct Scratch {
+    std::vector<float> scores;    // [rows][kScoreStride]
+    std::vector<float> partials;  // [sections][rows][partial_floats]
+  };
+
+  void make_items(const float* q, std::span<const AttentionRun> runs, int64_t window, float* out);
+  void attend(const Item& item, int64_t section, Scratch& scratch, float* partials) const;
+  void merge(const Item& item, const float* partials) const;
+  /// Calls work(i, scratch of the thread) for all i < count, in parallel.
+  template <typename Work>
+  void share_out(int64_t count, const Work& work);
 
   Backend backend_;
   AttentionShape shape_;
   std::vector<Scratch> scratch_;  // one per thread; grows with the context
+  std::vector<Item> items_;
+  std::vector<Piece> pieces_;
+  std::vector<float> partials_;  // of all items, when sections are shared out
 };
 
 }  // namespace elutq

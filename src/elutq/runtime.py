@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,9 @@ _PREFILL_TOKENS = 512
 _RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 SequenceState = _core.Sequence
+
+#: How keys and values are kept: 16-bit floats, or bytes with a scale per position and head.
+KvCacheType = Literal["fp16", "int8"]
 
 
 class PromptCache:
@@ -135,9 +138,8 @@ class LanguageModel:
         Planes, scales and zeros of every linear, the head, norms, biases, one row of the embedding, and the
         visible keys and values.
         """
-        c = self.config
-        visible = sum(min(context, window) if window else context for window in c.sliding_windows)
-        return self._live.weight_bytes_per_token + visible * c.num_key_value_heads * c.head_dim * 2 * 2
+        visible = sum(min(context, window) if window else context for window in self.config.sliding_windows)
+        return self._live.weight_bytes_per_token + visible * self._live.kv_layer_bytes
 
     def new_sequence(self) -> SequenceState:
         """An empty sequence: `len()` is its tokens, `truncate(n)` forgets all but the first n."""
@@ -350,6 +352,7 @@ def load(
     isa: str | None = None,
     exact: bool = False,
     context: int | None = None,
+    kv_cache: KvCacheType = "fp16",
 ) -> LanguageModel:
     """Load a model folder, quantized or not.
 
@@ -362,13 +365,14 @@ def load(
         isa: instruction set to run; by default `ELUTQ_ISA`, else the best one.
         exact: multiply from fp32 activations, without int8 tables: slower, for checking.
         context: most tokens of a sequence; by default the model's limit.
+        kv_cache: "int8" halves what keys and values take, at a small loss of accuracy.
 
     Raises:
         ElutqError: one subclass per fault; see `elutq.errors`.
     """
     started = time.perf_counter()
     with Checkpoint.open(path) as checkpoint:
-        engine = _new_engine(checkpoint.engine, isa, threads, exact)
+        engine = _new_engine(checkpoint.engine, isa, threads, exact, kv_cache)
         modules = list(checkpoint.linears)
         for module, following in itertools.zip_longest(modules, modules[1:]):
             for name in _hlq_tensors(checkpoint, following):
@@ -394,6 +398,7 @@ def random_model(
     threads: int | None = None,
     isa: str | None = None,
     exact: bool = False,
+    kv_cache: KvCacheType = "fp16",
     seed: int = 0,
 ) -> LanguageModel:
     """A model of a known shape with random HLQ weights, for measuring speed. Embedding and head have 4 bits.
@@ -405,6 +410,7 @@ def random_model(
         threads: as in :func:`load`.
         isa: as in :func:`load`.
         exact: as in :func:`load`.
+        kv_cache: as in :func:`load`.
         seed: of the random bits.
 
     Raises:
@@ -413,7 +419,7 @@ def random_model(
     started = time.perf_counter()
     scheme = QuantScheme(bits, group_size)
     config = shape_config(shape) if isinstance(shape, str) else shape
-    engine = _new_engine(config, isa, threads, exact)
+    engine = _new_engine(config, isa, threads, exact, kv_cache)
     for name, matrix in random_linears(config, scheme, seed):
         _set_hlq(engine, name, matrix)
     for name, size in vectors(config):
@@ -448,7 +454,9 @@ def default_threads() -> int:
     return len(cores)
 
 
-def _new_engine(config: EngineConfig, isa: str | None, threads: int | None, exact: bool) -> _core.Engine:
+def _new_engine(
+    config: EngineConfig, isa: str | None, threads: int | None, exact: bool, kv_cache: str
+) -> _core.Engine:
     if isa is None:
         isa = os.environ.get("ELUTQ_ISA", "")
     if threads is None:
@@ -459,7 +467,7 @@ def _new_engine(config: EngineConfig, isa: str | None, threads: int | None, exac
     if not 1 <= threads <= 1024:
         raise InvalidArgumentError(f"threads must be from 1 to 1024, not {threads}")
     with engine_errors():
-        return _core.Engine(config, isa, threads, exact)
+        return _core.Engine(config, isa, threads, exact, kv_cache)
 
 
 def _set_hlq(engine: _core.Engine, module: str, matrix: HlqMatrix) -> None:

@@ -137,20 +137,22 @@ std::vector<int32_t> some_tokens(size_t count) {
 }  // namespace
 
 TEST_CASE("logits do not depend on chunks, company or threads") {
-  const std::vector<int32_t> tokens = some_tokens(290);  // three chunks, five pages
+  const std::vector<int32_t> tokens = some_tokens(1090);  // nine chunks, two sections
+  ModelConfig config = tiny_config();
+  config.max_position_embeddings = 1100;
   std::vector<float> expected;
-  for (const int threads : {1, 2, 4}) {
-    Engine engine(tiny_config(), "", threads, false);
+  const auto check = [&](int threads, KvType kv_type) {
+    Engine engine(config, "", threads, false, kv_type);
     fill(engine);
     std::vector<float> logits(tokens.size() * 50);
-    const auto whole = engine.new_sequence(300);
+    const auto whole = engine.new_sequence(1100);
     engine.step(std::array<StepItem, 1>{{{whole.get(), tokens, true}}}, logits.data());
-    CHECK(whole->length() == 290);
+    CHECK(whole->length() == 1090);
     if (expected.empty()) expected = logits;
     CHECK(logits == expected);
 
-    const auto mine = engine.new_sequence(300);
-    const auto other = engine.new_sequence(300);
+    const auto mine = engine.new_sequence(1100);
+    const auto other = engine.new_sequence(1100);
     std::vector<float> rows(4 * 50);
     size_t done = 0;
     for (size_t piece = 1; done < tokens.size(); piece = piece * 2 + 1) {
@@ -161,6 +163,10 @@ TEST_CASE("logits do not depend on chunks, company or threads") {
       done += count;
       CHECK(std::equal(rows.begin() + 50, rows.begin() + 100, expected.begin() + (done - 1) * 50));
     }
+  };
+  for (const KvType kv_type : {KvType::kFloat16, KvType::kInt8}) {
+    expected.clear();
+    for (const int threads : {1, 2, 4}) check(threads, kv_type);
   }
 }
 
@@ -168,22 +174,28 @@ TEST_CASE("every machine computes the same tokens, from the same bits") {
   // Known answers: they change when the definition of a result does, never with the machine.
   for (const std::string_view isa : available_isas()) {
     CAPTURE(isa);
-    Engine engine(tiny_config(), isa, 2, false);
+    Engine engine(tiny_config(), isa, 2, false, KvType::kFloat16);
     fill_hlq(engine);
     const Trace rounded = greedy(engine, some_tokens(150), 24);
     CHECK(rounded.tokens == "15 8 13 42 42 42 42 42 42 42 13 42 13 42 42 13 42 42 13 42 13 13 13 13 ");
-    CHECK(rounded.hash == 1117095855264203284ULL);
+    CHECK(rounded.hash == 14604395091259258936ULL);
 
-    Engine exact_engine(tiny_config(), isa, 2, true);
+    Engine exact_engine(tiny_config(), isa, 2, true, KvType::kFloat16);
     fill_hlq(exact_engine);
     const Trace exact = greedy(exact_engine, some_tokens(150), 24);
     CHECK(exact.tokens == "15 8 13 42 42 42 42 42 42 13 42 42 13 42 42 13 42 42 13 42 13 13 13 13 ");
-    CHECK(exact.hash == 12086160164391734545ULL);
+    CHECK(exact.hash == 4432352189075656635ULL);
+
+    Engine int8_engine(tiny_config(), isa, 2, false, KvType::kInt8);
+    fill_hlq(int8_engine);
+    const Trace int8 = greedy(int8_engine, some_tokens(150), 24);
+    CHECK(int8.tokens == "15 8 13 42 42 42 42 42 42 42 13 42 42 13 42 13 42 13 42 13 13 13 13 42 ");
+    CHECK(int8.hash == 6077679055993978924ULL);
   }
 }
 
 TEST_CASE("incomplete or foreign weights are named") {
-  Engine engine(tiny_config(), "", 1, false);
+  Engine engine(tiny_config(), "", 1, false, KvType::kFloat16);
   const auto sequence = engine.new_sequence(10);
   const std::vector<int32_t> tokens = {1};
   std::vector<float> logits(50);
@@ -207,46 +219,57 @@ TEST_CASE("configs are validated") {
   const auto broken = [](const auto& change) {
     ModelConfig config = tiny_config();
     change(config);
-    CHECK_THROWS_AS(Engine(config, "", 1, false), std::invalid_argument);
+    CHECK_THROWS_AS(Engine(config, "", 1, false, KvType::kFloat16), std::invalid_argument);
   };
   broken([](ModelConfig& c) { c.num_key_value_heads = 3; });
   broken([](ModelConfig& c) { c.head_dim = 12; });
   broken([](ModelConfig& c) { c.rope_inv_freq.pop_back(); });
   broken([](ModelConfig& c) { c.sliding_windows.pop_back(); });
   broken([](ModelConfig& c) { c.vocab_size = 0; });
-  CHECK_THROWS_AS(Engine(tiny_config(), "no-such-isa", 1, false), std::invalid_argument);
-  CHECK_THROWS_AS(Engine(tiny_config(), "", 0, false), std::invalid_argument);
+  CHECK_THROWS_AS(Engine(tiny_config(), "no-such-isa", 1, false, KvType::kFloat16), std::invalid_argument);
+  CHECK_THROWS_AS(Engine(tiny_config(), "", 0, false, KvType::kFloat16), std::invalid_argument);
 }
 
 TEST_CASE("the cache keeps every position in its place") {
-  KvCache cache(tiny_config(), 300);
-  CHECK_THROWS_AS(cache.reserve(301), std::invalid_argument);
-  cache.reserve(200);
-  CHECK(cache.memory_bytes() == 256 * 2 * 2 * 2 * 8 * 2);  // 4 pages; layers, heads, k and v, head_dim, bytes
-  for (int64_t position = 0; position < 200; ++position) {
-    for (int64_t d = 0; d < 8; ++d) {
-      cache.key(1, 0, position)[d] = static_cast<uint16_t>(position * 8 + d);
-      cache.value(1, 0, position)[d] = static_cast<uint16_t>(10000 + position * 8 + d);
+  const KernelTable& kernels = select_kernels("");
+  for (const KvType type : {KvType::kFloat16, KvType::kInt8}) {
+    KvCache cache(tiny_config(), type, 300);
+    const KvLayout layout{type, 8};
+    CHECK(layout.bytes() == 64 * (type == KvType::kFloat16 ? (8 + 16) * 2 : 8 + 16 + 8));
+    CHECK_THROWS_AS(cache.reserve(301), std::invalid_argument);
+    cache.reserve(200);
+    CHECK(cache.memory_bytes() == 4 * 2 * 2 * layout.bytes());  // pages, layers, heads
+    const auto is_at = [](int64_t position, int64_t layer) { return static_cast<float>(position % 100 + 10 * layer); };
+    for (int64_t position = 0; position < 200; ++position) {
+      for (int64_t layer = 0; layer < 2; ++layer) {
+        std::vector<float> key(16, is_at(position, layer)), value(16, -is_at(position, layer));
+        std::fill_n(key.begin(), 8, 0.0F);  // of the first head
+        cache.store(kernels, layer, position, key.data(), value.data());
+      }
     }
-    cache.key(1, 1, position)[0] = cache.key(0, 0, position)[0] = 0;
-  }
-  cache.set_length(200);
-  std::vector<KvSpan> spans;
-  cache.spans(1, 0, 50, 170, spans);
-  CHECK(spans.size() == 3);  // 50..63, 64..127, 128..169
-  int64_t position = 50;
-  for (const KvSpan& span : spans) {
-    for (int64_t i = 0; i < span.length; ++i, ++position) {
-      CHECK(span.keys[i * 8 + 3] == position * 8 + 3);
-      CHECK(span.values[i * 8 + 7] == 10000 + position * 8 + 7);
+    cache.set_length(200);
+    const AttentionRun run = cache.run(1, 170, 30);
+    CHECK(run.position == 170);
+    CHECK(run.tokens == 30);
+    for (int64_t position = 0; position < 200; ++position) {
+      const int64_t slot = position % kPagePositions;
+      const uint8_t* head = run.pages[position / kPagePositions] + run.layer_offset + layout.bytes();
+      const auto element = [&](int64_t offset, int64_t index, int64_t scale) {
+        if (type == KvType::kFloat16) return half_to_float(reinterpret_cast<const uint16_t*>(head + offset)[index]);
+        const auto* scales = reinterpret_cast<const float*>(head + layout.scales_offset());
+        return static_cast<float>(reinterpret_cast<const int8_t*>(head + offset)[index]) * scales[scale];
+      };
+      const float key = element(0, 3 * kPagePositions + slot, slot);
+      const float value = element(layout.values_offset(), slot * 16 + 7, kPagePositions + slot);
+      CHECK(key == doctest::Approx(is_at(position, 1)));
+      CHECK(value == doctest::Approx(-is_at(position, 1)));
     }
+    cache.truncate(64);
+    CHECK(cache.memory_bytes() == 2 * 2 * layout.bytes());
+    CHECK(cache.length() == 64);
+    CHECK_THROWS_AS(cache.truncate(65), std::invalid_argument);
+    CHECK_THROWS_AS(cache.truncate(-1), std::invalid_argument);
   }
-  CHECK(position == 170);
-  cache.truncate(64);
-  CHECK(cache.memory_bytes() == 64 * 2 * 2 * 2 * 8 * 2);
-  CHECK(cache.length() == 64);
-  CHECK_THROWS_AS(cache.truncate(65), std::invalid_argument);
-  CHECK_THROWS_AS(cache.truncate(-1), std::invalid_argument);
 }
 
 TEST_CASE("a sampler draws its documented sequence") {

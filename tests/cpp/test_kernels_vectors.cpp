@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 
+#include "base/aligned.h"
 #include "kernel_cases.h"
 #include "kernels/reference.h"
 
@@ -207,72 +208,160 @@ TEST_CASE("silu_mul is accurate over the whole range and keeps NaN") {
   }
 }
 
-TEST_CASE("attention matches softmax in double, whatever the spans") {
-  for (const int64_t head_dim : {8, 16, 24, 64, 72, 80, 128, 256}) {
-    for (const int64_t heads : {1, 2, 3, 4, 7, 8}) {
-      for (const int64_t length : {1, 2, 5, 16, 61}) {
-        const auto q = random_floats(heads * head_dim, 31);
-        const auto keys = random_halves(length * head_dim, 32);
-        const auto values = random_halves(length * head_dim, 33);
-        const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-        std::vector<double> expected;
-        for (int64_t h = 0; h < heads; ++h) {
-          std::vector<double> p;
-          for (int64_t j = 0; j < length; ++j) {
-            double dot = 0.0;
-            for (int64_t d = 0; d < head_dim; ++d) dot += q[h * head_dim + d] * half_to_float(keys[j * head_dim + d]);
-            p.push_back(std::exp(scale * dot));
-          }
-          double total = 0.0;
-          for (const double weight : p) total += weight;
-          for (int64_t d = 0; d < head_dim; ++d) {
-            double sum = 0.0;
-            for (int64_t j = 0; j < length; ++j) sum += p[j] * half_to_float(values[j * head_dim + d]);
-            expected.push_back(sum / total);
-          }
+namespace {
+
+/// One head's cache, filled with random keys and values, and what it holds as floats.
+struct CacheCase {
+  KvLayout layout;
+  std::vector<AlignedBuffer<uint8_t>> pages;
+  std::vector<const uint8_t*> addresses;
+  std::vector<float> keys, values, key_scales, value_scales;  // [positions][head_dim], [positions]
+
+  CacheCase(const KernelTable& kernels, KvType type, int64_t head_dim, int64_t positions) : layout{type, head_dim} {
+    for (int64_t p = 0; p < positions; p += kPagePositions) {
+      pages.emplace_back(kHeadOffset + layout.bytes());
+      std::fill_n(pages.back().data(), pages.back().size(), uint8_t{0xff});  // NaN: what is not seen must not matter
+      addresses.push_back(pages.back().data());
+    }
+    keys = random_floats(positions * head_dim, 32);
+    values = random_floats(positions * head_dim, 33);
+    for (int64_t j = 0; j < positions; ++j) {
+      kernels.store_kv(layout, keys.data() + j * head_dim, values.data() + j * head_dim, j % kPagePositions,
+                       pages[j / kPagePositions].data() + kHeadOffset);
+    }
+    for (float* x : {keys.data(), values.data()}) {
+      auto& scales = x == keys.data() ? key_scales : value_scales;
+      for (int64_t j = 0; j < positions; ++j, x += head_dim) round(x, scales);
+    }
+  }
+
+  /// What the cache should hold of a vector.
+  void round(float* x, std::vector<float>& scales) const {
+    if (layout.type == KvType::kFloat16) {
+      for (int64_t d = 0; d < layout.head_dim; ++d) x[d] = half_to_float(float_to_half(x[d]));
+      return;
+    }
+    float largest = 0.0f;
+    for (int64_t d = 0; d < layout.head_dim; ++d) largest = std::max(largest, std::fabs(x[d]));
+    scales.push_back(largest / 127.0f);
+    const double inverse = 127.0f / largest;
+    for (int64_t d = 0; d < layout.head_dim; ++d) x[d] = static_cast<float>(std::nearbyint(x[d] * inverse));
+  }
+
+  /// Attention of the tokens [position, position + tokens), `tile_tokens` at a time.
+  std::vector<float> attend(const KernelTable& kernels, const std::vector<float>& q, int64_t heads, int64_t position,
+                            int64_t tokens, int64_t window, int64_t tile_tokens) const {
+    const int64_t stride = heads * layout.head_dim;
+    std::vector<float> out(q.size());
+    for (int64_t t = 0; t < tokens; t += tile_tokens) {
+      const AttentionTile tile = {.layout = layout,
+                                  .pages = addresses.data(),
+                                  .head_offset = kHeadOffset,
+                                  .position = position + t,
+                                  .window = window,
+                                  .tokens = std::min(tile_tokens, tokens - t),
+                                  .heads = heads,
+                                  .q = q.data() + t * stride,
+                                  .q_stride = stride,
+                                  .scale = kScale};
+      const int64_t size = tile.rows() * partial_floats(layout);
+      const int64_t sections = tile.section_end() - tile.section_begin();
+      std::vector<float> scores(static_cast<size_t>(tile.rows() * kScoreStride), NAN);
+      std::vector<float> partials(static_cast<size_t>(sections * size), NAN);
+      for (int64_t s = 0; s < sections; ++s) {
+        kernels.attention(tile, tile.section_begin() + s, scores.data(), partials.data() + s * size);
+      }
+      kernels.merge_attention(tile, sections, partials.data(), out.data() + t * stride);
+    }
+    return out;
+  }
+
+  static constexpr int64_t kHeadOffset = 128;
+  static constexpr float kScale = 0.1f;
+};
+
+}  // namespace
+
+TEST_CASE("attention adds in its stated order, whatever the tile") {
+  struct Case {
+    int64_t head_dim, heads, position, tokens, window;
+  };
+  const std::vector<Case> cases = {
+      {8, 1, 0, 3, 0},   {16, 3, 60, 9, 0},   {24, 7, 5, 2, 0},     {64, 4, 100, 10, 0},    {72, 2, 63, 5, 4},
+      {80, 1, 30, 9, 2}, {128, 4, 127, 5, 0}, {128, 1, 1020, 9, 0}, {64, 2, 2046, 5, 1030}, {256, 8, 64, 1, 1},
+      {32, 1, 50, 7, 1}, {96, 5, 1, 1, 0},    {128, 4, 2500, 1, 0}, {16, 2, 1023, 3, 2},    {8, 1, 1022, 5, 1024},
+  };
+  for (const KvType type : {KvType::kFloat16, KvType::kInt8}) {
+    for (const Case& c : cases) {
+      const int64_t stride = c.heads * c.head_dim;
+      const auto q = random_floats(c.tokens * stride, 31);
+      const CacheCase any(*all_kernels()[0], type, c.head_dim, c.position + c.tokens);
+      std::vector<float> expected(q.size());
+      for (int64_t t = 0; t < c.tokens; ++t) {
+        const int64_t end = c.position + t + 1;
+        const int64_t begin = c.window == 0 ? 0 : std::max<int64_t>(0, end - c.window);
+        const bool scaled = type == KvType::kInt8;
+        for (int64_t h = 0; h < c.heads; ++h) {
+          const int64_t offset = t * stride + h * c.head_dim;
+          reference::attention(q.data() + offset, any.keys.data() + begin * c.head_dim,
+                               any.values.data() + begin * c.head_dim, scaled ? any.key_scales.data() + begin : nullptr,
+                               scaled ? any.value_scales.data() + begin : nullptr, begin, end - begin, c.head_dim,
+                               CacheCase::kScale, expected.data() + offset);
         }
-        std::vector<float> first;
-        for (const KernelTable* kernels : all_kernels()) {
-          CAPTURE(kernels->isa);
-          CAPTURE(head_dim);
-          CAPTURE(heads);
-          CAPTURE(length);
-          const auto attend = [&](const std::vector<int64_t>& borders) {
-            std::vector<KvSpan> spans;
-            for (size_t i = 0; i + 1 < borders.size(); ++i) {
-              const int64_t at = borders[i] * head_dim;
-              spans.push_back({keys.data() + at, values.data() + at, borders[i + 1] - borders[i]});
-            }
-            std::vector<float> scores(static_cast<size_t>(heads * length));
-            std::vector<float> out(static_cast<size_t>(heads * head_dim));
-            kernels->attention(q.data(), heads, head_dim, spans.data(), static_cast<int64_t>(spans.size()), scale,
-                               scores.data(), out.data());
-            return out;
-          };
-          const auto whole = attend({0, length});
-          double worst = 0.0;
-          for (size_t i = 0; i < whole.size(); ++i) worst = std::max(worst, std::fabs(whole[i] - expected[i]));
-          CHECK(worst < 3e-6);
-          if (first.empty()) first = whole;
-          CHECK(same_bits(whole, first));
-          if (length > 4) CHECK(same_bits(whole, attend({0, 1, 4, length})));
+      }
+      for (const KernelTable* kernels : all_kernels()) {
+        CAPTURE(kernels->isa);
+        CAPTURE(static_cast<int>(type));
+        CAPTURE(c.head_dim);
+        CAPTURE(c.position);
+        const CacheCase cache(*kernels, type, c.head_dim, c.position + c.tokens);
+        for (const int64_t tile_tokens : {int64_t{1}, int64_t{3}, c.tokens}) {
+          CHECK(same_bits(cache.attend(*kernels, q, c.heads, c.position, c.tokens, c.window, tile_tokens), expected));
         }
       }
     }
   }
 }
 
-TEST_CASE("attention survives scores far apart") {
+TEST_CASE("attention matches softmax in double") {
+  constexpr int64_t kHeadDim = 64;
+  constexpr int64_t kPositions = 1500;
+  const auto q = random_floats(kHeadDim, 31);
+  for (const KvType type : {KvType::kFloat16, KvType::kInt8}) {
+    const KernelTable& kernels = *all_kernels().back();
+    const CacheCase cache(kernels, type, kHeadDim, kPositions);
+    const auto keys = random_floats(kPositions * kHeadDim, 32);
+    const auto values = random_floats(kPositions * kHeadDim, 33);
+    std::vector<double> expected(kHeadDim);
+    double total = 0.0;
+    for (int64_t j = 0; j < kPositions; ++j) {
+      double dot = 0.0;
+      for (int64_t d = 0; d < kHeadDim; ++d) dot += static_cast<double>(q[d]) * keys[j * kHeadDim + d];
+      const double weight = std::exp(CacheCase::kScale * dot);
+      total += weight;
+      for (int64_t d = 0; d < kHeadDim; ++d) expected[d] += weight * values[j * kHeadDim + d];
+    }
+    const auto out = cache.attend(kernels, q, 1, kPositions - 1, 1, 0, 1);
+    double worst = 0.0;
+    for (int64_t d = 0; d < kHeadDim; ++d) worst = std::max(worst, std::fabs(out[d] - expected[d] / total));
+    CHECK(worst < (type == KvType::kFloat16 ? 1e-4 : 2e-3));
+  }
+}
+
+TEST_CASE("attention survives scores far apart and empty vectors") {
   const std::vector<float> q(8, 100.0f);
-  std::vector<uint16_t> keys(16, float_to_half(-100.0f));
-  std::fill_n(keys.begin(), 8, float_to_half(100.0f));
-  std::vector<uint16_t> values(16, float_to_half(5.0f));
-  std::fill_n(values.begin(), 8, float_to_half(3.0f));
-  const KvSpan span{keys.data(), values.data(), 2};
-  for (const KernelTable* kernels : all_kernels()) {
-    float scores[2];
-    float out[8];
-    kernels->attention(q.data(), 1, 8, &span, 1, 1.0f, scores, out);
-    for (const float value : out) CHECK(value == 3.0f);
+  for (const KvType type : {KvType::kFloat16, KvType::kInt8}) {
+    for (const KernelTable* kernels : all_kernels()) {
+      CacheCase cache(*kernels, type, 8, 3);
+      const auto store = [&](int64_t slot, float key, float value) {
+        const std::vector<float> k(8, key), v(8, value);
+        kernels->store_kv(cache.layout, k.data(), v.data(), slot, cache.pages[0].data() + CacheCase::kHeadOffset);
+      };
+      store(0, 100.0f, 3.0f);
+      store(1, -100.0f, 5.0f);
+      store(2, 0.0f, 0.0f);
+      for (const float value : cache.attend(*kernels, q, 1, 1, 1, 0, 1)) CHECK(value == 3.0f);
+      for (const float value : cache.attend(*kernels, q, 1, 2, 1, 1, 1)) CHECK(value == 0.0f);
+    }
   }
 }

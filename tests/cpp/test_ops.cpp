@@ -1,11 +1,12 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
-#include <functional>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "base/half.h"
@@ -163,48 +164,76 @@ TEST_CASE("matrices that do not fit are refused") {
   CHECK_THROWS_AS(x.reserve_tables(linear), std::invalid_argument);
 }
 
-TEST_CASE("attention sees exactly its spans, each token its own") {
+TEST_CASE("attention is shared out over tokens, heads and sections without a trace") {
   const AttentionShape shape{6, 2, 16};
-  constexpr int64_t kTokens = 5;
-  constexpr int64_t kPositions = 40;
-  std::vector<uint16_t> keys, values;
-  for (const float v : normals(2 * kPositions * 16, 1)) keys.push_back(float_to_half(v));
-  for (const float v : normals(2 * kPositions * 16, 2)) values.push_back(float_to_half(v));
-  const std::vector<float> q = normals(kTokens * shape.q_size(), 3);
-  const std::function<void(int64_t, int64_t, std::vector<KvSpan>&)> visible = [&](int64_t token, int64_t kv_head,
-                                                                                  std::vector<KvSpan>& spans) {
-    const int64_t end = 8 * token + 1;  // one position, then two spans
-    const uint16_t* k = keys.data() + kv_head * kPositions * 16;
-    const uint16_t* v = values.data() + kv_head * kPositions * 16;
-    spans = {{k, v, 1}};
-    if (end > 1) spans.push_back({k + 16, v + 16, end - 1});
+  const KernelTable& kernels = select_kernels("");
+  // Two sequences: one decodes at a long context, the other is a prompt of more than one tile.
+  struct Sequence {
+    int64_t position, tokens;
+    std::vector<float> keys, values;  // [position + tokens][kv_size]
+    std::vector<AlignedBuffer<uint8_t>> pages{};
+    std::vector<const uint8_t*> addresses{};
   };
-  for (const int threads : {1, 3}) {
-    ThreadPool pool(threads);
-    Attention attention({&select_kernels(""), &pool, false}, shape);
-    std::vector<float> out(kTokens * shape.q_size());
-    attention.run(q.data(), kTokens, kPositions, visible, out.data());
-    for (int64_t t = 0; t < kTokens; ++t) {
-      for (int64_t h = 0; h < 6; ++h) {
-        const int64_t head = (h / 3) * kPositions * 16;
-        std::vector<double> weights;
-        double sum = 0;
-        for (int64_t j = 0; j <= 8 * t; ++j) {
-          double score = 0;
-          for (int64_t d = 0; d < 16; ++d) score += q[t * 96 + h * 16 + d] * half_to_float(keys[head + j * 16 + d]);
-          weights.push_back(std::exp(score / 4));
-          sum += weights.back();
+  for (const KvType type : {KvType::kFloat16, KvType::kInt8}) {
+    const KvLayout layout{type, shape.head_dim};
+    std::vector<Sequence> sequences;
+    std::vector<AttentionRun> runs;
+    for (const auto& [position, tokens] : {std::pair<int64_t, int64_t>{2100, 1}, {0, 25}}) {
+      const int64_t count = (position + tokens) * shape.kv_size();
+      sequences.push_back({position, tokens, normals(count, 1), normals(count, 2)});
+    }
+    for (Sequence& s : sequences) {
+      for (int64_t j = 0; j < s.position + s.tokens; ++j) {
+        if (j % kPagePositions == 0) {
+          s.pages.emplace_back(3 * layout.bytes());
+          s.addresses.push_back(s.pages.back().data());
         }
-        for (int64_t d = 0; d < 16; ++d) {
-          double expected = 0;
-          for (int64_t j = 0; j <= 8 * t; ++j) expected += weights[j] / sum * half_to_float(values[head + j * 16 + d]);
-          CHECK(out[t * 96 + h * 16 + d] == doctest::Approx(expected).epsilon(1e-4));
+        for (int64_t head = 0; head < 2; ++head) {
+          const int64_t offset = j * shape.kv_size() + head * 16;
+          kernels.store_kv(layout, s.keys.data() + offset, s.values.data() + offset, j % kPagePositions,
+                           s.pages.back().data() + (1 + head) * layout.bytes());
+        }
+      }
+      runs.push_back({layout, s.addresses.data(), layout.bytes(), s.position, s.tokens});
+    }
+    const std::vector<float> q = normals(26 * shape.q_size(), 3);
+    std::vector<float> first;
+    for (const int threads : {1, 3, 16}) {
+      ThreadPool pool(threads);
+      Attention attention({&kernels, &pool, false}, shape);
+      std::vector<float> out(q.size()), apart(q.size());
+      attention.run(q.data(), runs, 0, out.data());
+      attention.run(q.data(), {runs.data(), 1}, 0, apart.data());
+      attention.run(q.data() + shape.q_size(), {runs.data() + 1, 1}, 0, apart.data() + shape.q_size());
+      CHECK(out == apart);
+      if (first.empty()) first = out;
+      CHECK(out == first);
+    }
+    int64_t row = 0;
+    for (const Sequence& s : sequences) {
+      for (int64_t t = 0; t < s.tokens; ++t, ++row) {
+        for (int64_t h = 0; h < 6; ++h) {
+          std::vector<double> expected(16);
+          double sum = 0;
+          for (int64_t j = 0; j <= s.position + t; ++j) {
+            const int64_t offset = j * shape.kv_size() + h / 3 * 16;
+            double score = 0;
+            for (int64_t d = 0; d < 16; ++d) score += q[row * 96 + h * 16 + d] * s.keys[offset + d];
+            const double weight = std::exp(score / 4);
+            sum += weight;
+            for (int64_t d = 0; d < 16; ++d) expected[d] += weight * s.values[offset + d];
+          }
+          double worst = 0;
+          for (int64_t d = 0; d < 16; ++d) {
+            worst = std::max(worst, std::fabs(first[row * 96 + h * 16 + d] - expected[d] / sum));
+          }
+          CHECK(worst < (type == KvType::kFloat16 ? 1e-3 : 3e-2));
         }
       }
     }
   }
   ThreadPool pool(1);
-  const Backend backend{&select_kernels(""), &pool, false};
+  const Backend backend{&kernels, &pool, false};
   CHECK_THROWS_AS(Attention(backend, {6, 4, 16}), std::invalid_argument);
   CHECK_THROWS_AS(Attention(backend, {6, 2, 12}), std::invalid_argument);
 }

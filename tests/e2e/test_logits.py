@@ -275,7 +275,7 @@ def test_int8_tables_of_one_linear_are_within_two_percent(bits: int, group_size:
     embedding = rng.standard_normal((259, 608), dtype=np.float32)
     results = []
     for exact in (True, False):
-        engine = _core.Engine(config, isa, 1, exact)
+        engine = _core.Engine(config, isa, 1, exact, "fp16")
         engine.set_float32(EMBEDDING, embedding)
         engine.set_hlq(
             HEAD, head.planes, head.scales.view(np.uint16), head.zeros.view(np.uint16), 608, group_size

@@ -7,6 +7,7 @@ namespace {
 constexpr int kLanes = 16;
 
 ELUTQ_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+ELUTQ_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /// First `count` < 16 values, the other lanes zero.
 ELUTQ_INLINE Floats load_part(const float* from, int64_t count) {

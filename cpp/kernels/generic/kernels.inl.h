@@ -3,6 +3,7 @@
 //
 //   Floats                        16 floats, zero when default-made, with + - * / and
 //   zeros() splat(f) load(p) store(v, p) load_half(p) load_bfloat16(p) store_half(v, p)      any alignment
+//   load_int8(p)                  16 signed bytes
 //   splat_half(p)                 the fp16 at p in every lane
 //   from_bits(b)                  lane i = bit i of b, as 0.0 or 1.0
 //   fma(a, b, c)                  a * b + c, rounded once
@@ -13,6 +14,7 @@
 //   scale_by_power(v, n)          v with the bit pattern of n, shifted left by 23, added to its own
 //   square_root(f)                of one float
 //   kDenseRows, kDenseTokens      block of outputs whose sums fit the registers
+//   kAttentionRuns                vectors of keys or values whose sums for four rows fit the registers: 1, 2 or 4
 //   kMostTokens[bits]             most tokens per pass whose integer sums fit the registers: 1, 2 or 4
 //   Lookup                        by including byte_rows.inl.h or quad_slots.inl.h
 //
@@ -49,7 +51,9 @@ constexpr KernelTable make_table(std::string_view isa) {
       .rope = rope,
       .add = add,
       .silu_mul = silu_mul,
+      .store_kv = store_kv,
       .attention = attention,
+      .merge_attention = merge_attention,
   };
 }
 

@@ -36,6 +36,11 @@ ELUTQ_INLINE __m256 widen_bfloat16(__m128i v) {
 ELUTQ_INLINE Floats load_bfloat16(const void* from) {
   return {widen_bfloat16(load_128(from)), widen_bfloat16(load_128(static_cast<const uint8_t*>(from) + 16))};
 }
+ELUTQ_INLINE Floats load_int8(const void* from) {
+  const __m128i bytes = load_128(from);
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
 ELUTQ_INLINE void store_half(Floats v, uint16_t* to) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v.low, _MM_FROUND_TO_NEAREST_INT));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8), _mm256_cvtps_ph(v.high, _MM_FROUND_TO_NEAREST_INT));
@@ -114,6 +119,7 @@ ELUTQ_INLINE float square_root(float f) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_s
 
 constexpr int kDenseRows = 2;
 constexpr int kDenseTokens = 2;
+constexpr int kAttentionRuns = 1;
 constexpr int kMostTokens[] = {0, 4, 2, 1, 1};
 
 // ---- Byte rows --------------------------------------------------------------------------------------------------

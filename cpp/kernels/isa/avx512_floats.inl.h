@@ -24,6 +24,10 @@ ELUTQ_INLINE Floats load_half(const void* from) { return {_mm512_cvtph_ps(load_2
 ELUTQ_INLINE Floats load_bfloat16(const void* from) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_256(from)), 16))};
 }
+ELUTQ_INLINE Floats load_int8(const void* from) {
+  const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(from));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
 ELUTQ_INLINE void store_half(Floats a, uint16_t* to) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -71,6 +75,7 @@ ELUTQ_INLINE float square_root(float f) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_s
 
 constexpr int kDenseRows = 4;
 constexpr int kDenseTokens = 4;
+constexpr int kAttentionRuns = 4;
 
 }  // namespace
 }  // namespace elutq

@@ -60,6 +60,13 @@ ELUTQ_INLINE Floats load_bfloat16(const void* from) {
           vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(high), 16)),
           vreinterpretq_f32_u32(vshll_high_n_u16(high, 16))};
 }
+ELUTQ_INLINE Floats load_int8(const void* from) {
+  const int8x16_t bytes = vreinterpretq_s8_u8(load_128(from, 0));
+  const int16x8_t low = vmovl_s8(vget_low_s8(bytes));
+  const int16x8_t high = vmovl_high_s8(bytes);
+  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
+          vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))};
+}
 ELUTQ_INLINE void store_half(Floats v, uint16_t* to) {
   vst1q_u16(to, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(v.a), v.b)));
   vst1q_u16(to + 8, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(v.c), v.d)));
@@ -131,6 +138,7 @@ ELUTQ_INLINE float square_root(float f) { return __builtin_sqrtf(f); }
 
 constexpr int kDenseRows = 2;
 constexpr int kDenseTokens = 2;
+constexpr int kAttentionRuns = 1;
 constexpr int kMostTokens[] = {0, 4, 4, 2, 2};
 
 // ---- Byte rows --------------------------------------------------------------------------------------------------

@@ -43,6 +43,9 @@ inline Floats load_half(const void* from) {
 inline Floats load_bfloat16(const void* from) {
   return per_lane([from](int i) { return bfloat16_to_float(half_at(from, i)); });
 }
+inline Floats load_int8(const void* from) {
+  return per_lane([from](int i) { return static_cast<float>(static_cast<const int8_t*>(from)[i]); });
+}
 inline void store_half(const Floats& v, uint16_t* to) {
   for (int i = 0; i < 16; ++i) to[i] = float_to_half(v.lane[i]);
 }
@@ -108,6 +111,7 @@ inline float square_root(float f) { return std::sqrt(f); }
 
 constexpr int kDenseRows = 4;
 constexpr int kDenseTokens = 1;
+constexpr int kAttentionRuns = 1;
 constexpr int kMostTokens[] = {0, 1, 1, 1, 1};
 
 constexpr int kBytes = 16;
