@@ -21,12 +21,13 @@ void require(bool condition, const char* complaint) {
   if (!condition) throw std::invalid_argument(complaint);
 }
 
-/// exp(x) for x <= 0, to about 1e-7; 0 below -87. Branch-free, so that loops over it are vectorized. (Cephes' expf.)
+/// exp(x) for x <= 0, to about 1e-7; 0 below -87.7. Branch-free, so that loops over it are vectorized. (Cephes' expf.)
 inline float exp_nonpositive(float x) {
+  constexpr float kLowest = -88.1F;      // 2^-127, whose exponent bits are 0
   constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it rounds to an integer
-  const float clamped = x > -87.0F ? x : -87.0F;
-  const float n = (clamped * 1.44269504F + kRound) - kRound;
-  const float r = (clamped - n * 0.693359375F) + n * 2.12194440e-4F;
+  x = x > kLowest ? x : kLowest;
+  const float n = (x * 1.44269504F + kRound) - kRound;
+  const float r = (x - n * 0.693359375F) + n * 2.12194440e-4F;
   float p = 1.9875691500e-4F;
   p = p * r + 1.3981999507e-3F;
   p = p * r + 8.3334519073e-3F;
@@ -34,30 +35,28 @@ inline float exp_nonpositive(float x) {
   p = p * r + 1.6666665459e-1F;
   p = p * r + 5.0000001201e-1F;
   p = p * r * r + r + 1.0F;
-  const float power = std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
-  return x > -87.0F ? p * power : 0.0F;
+  return p * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
 }
 
 /// The largest of the logits. Throws std::runtime_error when one is NaN.
 float largest(std::span<const float> logits) {
-  constexpr size_t kLanes = 16;
-  std::array<float, kLanes> highest;
-  highest.fill(-kInfinity);
-  std::array<int32_t, kLanes> nan{};
-  const size_t whole = logits.size() / kLanes * kLanes;
-  for (size_t i = 0; i < whole; i += kLanes) {
-    for (size_t lane = 0; lane < kLanes; ++lane) {
-      const float logit = logits[i + lane];
-      highest[lane] = logit > highest[lane] ? logit : highest[lane];
-      nan[lane] |= logit != logit ? 1 : 0;
-    }
+  // As integers with the same order, because compilers vectorize those; NaN lies outside both infinities.
+  const auto ordered = [](int32_t bits) { return bits ^ ((bits >> 31) & 0x7FFFFFFF); };
+  constexpr int32_t kInfinityBits = 0x7F800000;
+  int32_t low = 0;
+  int32_t high = ~kInfinityBits;
+  for (const float logit : logits) {
+    const int32_t key = ordered(std::bit_cast<int32_t>(logit));
+    low = key < low ? key : low;
+    high = key > high ? key : high;
   }
-  for (size_t i = whole; i < logits.size(); ++i) {
-    highest[0] = logits[i] > highest[0] ? logits[i] : highest[0];
-    nan[0] |= logits[i] != logits[i] ? 1 : 0;
-  }
-  if (*std::max_element(nan.begin(), nan.end()) != 0) throw std::runtime_error("the model's logits hold NaN");
-  return *std::max_element(highest.begin(), highest.end());
+  if (low < ~kInfinityBits || high > kInfinityBits) throw std::runtime_error("the model's logits hold NaN");
+  return std::bit_cast<float>(ordered(high));
+}
+
+/// Turns scores into exp((score - highest) / temperature).
+void to_weights(std::span<float> scores, float highest, float temperature) {
+  for (float& score : scores) score = exp_nonpositive((score - highest) / temperature);
 }
 
 double sum(std::span<const float> values) {
@@ -114,7 +113,7 @@ int32_t Sampler::sample(std::span<const float> logits, const SamplingContext& co
   if (options_.top_k == 0 && options_.top_p == 1.0F && options_.min_p == 0.0F) return draw_from_all(total);
   collect(total);
   if (options_.top_k > 0) keep_top_k();
-  if (options_.top_p < 1.0F) keep_top_p(options_.top_k > 0 ? candidate_weight() : total);
+  if (options_.top_p < 1.0F) keep_top_p(options_.top_k > 0 ? weight_of(candidates_) : total);
   if (options_.min_p > 0.0F) {
     std::erase_if(candidates_, [&](const Candidate& candidate) { return candidate.weight < options_.min_p; });
   }
@@ -166,7 +165,7 @@ double Sampler::weigh(float highest) {
   double total = 0;
   for (size_t begin = 0; begin < scores_.size(); begin += kBlock) {
     const auto block = std::span(scores_).subspan(begin, std::min(kBlock, scores_.size() - begin));
-    for (float& score : block) score = exp_nonpositive((score - highest) / options_.temperature);
+    to_weights(block, highest, options_.temperature);
     block_sums_.push_back(sum(block));
     total += block_sums_.back();
   }
@@ -210,31 +209,31 @@ void Sampler::keep_top_p(double total) {
   const auto more_likely = [](const Candidate& a, const Candidate& b) {
     return a.weight > b.weight || (a.weight == b.weight && a.token < b.token);
   };
-  const auto at = [&](size_t i) { return candidates_.begin() + static_cast<std::ptrdiff_t>(i); };
-  const double wanted = options_.top_p * total;
-  double above = 0;
-  size_t kept = 0;
-  size_t sorted = 0;  // only as many as the answer needs
-  while (kept < candidates_.size() && above < wanted) {
-    if (kept == sorted) {
-      sorted = std::min(candidates_.size(), std::max<size_t>(64, 4 * sorted));
-      std::nth_element(at(kept), at(sorted), candidates_.end(), more_likely);
-      std::sort(at(kept), at(sorted), more_likely);
+  // Quickselect by weight: those before `begin` are kept and too light, those from `end` on are not needed.
+  ranked_ = candidates_;
+  double wanted = options_.top_p * total;
+  auto begin = ranked_.begin();
+  for (auto end = ranked_.end(); end - begin > 1;) {
+    const auto middle = begin + (end - begin) / 2;
+    std::nth_element(begin, middle, end, more_likely);
+    const double upper = weight_of({begin, middle});
+    if (upper < wanted) {
+      wanted -= upper;
+      begin = middle;
+    } else {
+      end = middle;
     }
-    above += candidates_[kept++].weight;
   }
-  candidates_.resize(kept);
-  std::sort(candidates_.begin(), candidates_.end(),
-            [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
+  std::erase_if(candidates_, [&](const Candidate& candidate) { return more_likely(*begin, candidate); });
 }
 
-double Sampler::candidate_weight() const {
-  return std::accumulate(candidates_.begin(), candidates_.end(), 0.0,
+double Sampler::weight_of(std::span<const Candidate> candidates) {
+  return std::accumulate(candidates.begin(), candidates.end(), 0.0,
                          [](double sum, const Candidate& candidate) { return sum + candidate.weight; });
 }
 
 int32_t Sampler::draw_from_candidates() {
-  const double target = next_uniform() * candidate_weight();
+  const double target = next_uniform() * weight_of(candidates_);
   double cumulative = 0;
   for (const Candidate& candidate : candidates_) {
     cumulative += candidate.weight;
@@ -273,12 +272,14 @@ double Sampler::next_uniform() {
 std::vector<TokenLogprob> log_probabilities(std::span<const float> logits, int32_t token, int64_t count) {
   require(token >= 0 && static_cast<size_t>(token) < logits.size(), "the token is not in the vocabulary");
   const float highest = largest(logits);
-  std::array<float, kBlock> weights;
+  std::array<float, kBlock> scratch;
   double total = 0;
   for (size_t begin = 0; begin < logits.size(); begin += kBlock) {
     const auto block = logits.subspan(begin, std::min(kBlock, logits.size() - begin));
-    for (size_t i = 0; i < block.size(); ++i) weights[i] = exp_nonpositive(block[i] - highest);
-    total += sum(std::span(weights).first(block.size()));
+    const auto weights = std::span(scratch).first(block.size());
+    std::copy(block.begin(), block.end(), weights.begin());
+    to_weights(weights, highest, 1.0F);
+    total += sum(weights);
   }
   const double log_total = highest + std::log(total);
   const auto entry = [&](size_t i) {

@@ -60,17 +60,18 @@ class Sampler {
   void collect(double total);
   void keep_top_k();
   void keep_top_p(double total);
-  double candidate_weight() const;
+  static double weight_of(std::span<const Candidate> candidates);
   int32_t draw_from_candidates();
   int32_t draw_from_all(double total);
   double next_uniform();
 
   SamplingOptions options_;
   uint64_t state_;
-  std::vector<float> scores_;       // [vocab_size]: changed logits, then weights
-  std::vector<int32_t> counts_;     // [vocab_size]: scratch of penalize(), zero between calls
-  std::vector<double> block_sums_;  // of consecutive weights, for draw_from_all()
-  std::vector<Candidate> candidates_;
+  std::vector<float> scores_;          // [vocab_size]: changed logits, then weights
+  std::vector<int32_t> counts_;        // [vocab_size]: scratch of penalize(), zero between calls
+  std::vector<double> block_sums_;     // of consecutive weights, for draw_from_all()
+  std::vector<Candidate> candidates_;  // in ascending order of tokens
+  std::vector<Candidate> ranked_;      // scratch of keep_top_p()
 };
 
 /// A token and the natural logarithm of its probability.

@@ -163,8 +163,106 @@ def test_infinite_logits() -> None:
         ("min_p", 1.5),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", float("nan")),
+        ("frequency_penalty", float("inf")),
+        ("presence_penalty", float("nan")),
+        ("logit_bias", [(-1, 1.0)]),
+        ("logit_bias", [(1, float("nan"))]),
+        ("logit_bias", [(1, float("inf"))]),
     ],
 )
-def test_options_out_of_range_are_named(option: str, value: float) -> None:
+def test_options_out_of_range_are_named(option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=option):
         sampler(**{option: value})
+
+
+def brute_force_top_p(logits: NDArray[np.float32], top_p: float) -> NDArray[np.float64]:
+    """Probabilities after top_p, from a full sort."""
+    p = softmax(logits)
+    order = np.argsort(-p, kind="stable")
+    above = np.concatenate([[0.0], np.cumsum(p[order])[:-1]])
+    p[order[above >= top_p]] = 0
+    return p / p.sum()
+
+
+@pytest.mark.parametrize(("spread", "top_p"), [(0.5, 0.95), (2.0, 0.9), (4.0, 0.999), (8.0, 0.5), (0.0, 0.3)])
+def test_top_p_of_a_large_vocabulary(spread: float, top_p: float) -> None:
+    logits = np.random.default_rng(1).normal(0, spread, 50_000).astype(np.float32)
+    cumulative = np.cumsum(brute_force_top_p(logits, top_p))
+    own = sampler(top_p=top_p, seed=4)
+    for n in range(50):
+        expected = np.searchsorted(cumulative, splitmix64(4, n), "right")
+        # Near the boundary between two tokens, rounding may decide.
+        assert abs(own.sample(logits) - expected) <= (0 if spread else 1)
+
+
+def test_frequency_and_presence_count_generated_tokens_only() -> None:
+    logits = np.array([3.0, 2.9, 2.0], np.float32)
+    text = np.array([0, 0, 0, 1, 1], np.int32)
+    assert sampler(temperature=0.0, frequency_penalty=1.0).sample(logits, text, prompt_length=5) == 0
+    assert sampler(temperature=0.0, frequency_penalty=0.2).sample(logits, text, prompt_length=0) == 1
+    assert (
+        sampler(temperature=0.0, frequency_penalty=0.5).sample(logits, text, prompt_length=2) == 0
+    )  # 2.5, 1.9
+    assert sampler(temperature=0.0, presence_penalty=0.5).sample(logits, text, prompt_length=3) == 0
+    assert sampler(temperature=0.0, presence_penalty=2.0).sample(logits, text, prompt_length=0) == 2
+    again = sampler(temperature=0.0, presence_penalty=0.95, repetition_penalty=1.01)
+    assert [again.sample(logits, text, prompt_length=0) for _ in range(3)] == [0, 0, 0]  # 2.02, 1.92, 2.0
+
+
+def test_logit_bias() -> None:
+    logits = np.array([3.0, 2.0, 1.0], np.float32)
+    assert sampler(temperature=0.0, logit_bias=[(2, 2.5)]).sample(logits) == 2
+    assert sampler(temperature=0.0, logit_bias=[(0, float("-inf"))]).sample(logits) == 1
+    assert sampler(logit_bias=[(1, 100.0)]).sample(logits) == 1
+    assert sampler(temperature=0.0, logit_bias=[(99, 5.0)]).sample(logits) == 0
+    with pytest.raises(ValueError, match="forbid all"):
+        sampler(logit_bias=[(t, float("-inf")) for t in range(3)]).sample(logits)
+
+
+def packed(allowed: list[int], size: int) -> NDArray[np.int32]:
+    bits = np.zeros(-(-size // 32) * 32, np.uint8)
+    bits[allowed] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"top_k": 2}, {"min_p": 0.5}])
+def test_only_allowed_tokens_come(options: dict[str, Any]) -> None:
+    logits = random_logits(1000)
+    allowed = [0, 31, 32, 500, 999]
+    own = sampler(**options)
+    seen = {own.sample(logits, allowed=packed(allowed, 1000)) for _ in range(200)}
+    assert seen <= set(allowed)
+    best = max(allowed, key=lambda token: logits[token])
+    assert best in seen
+    assert {own.sample(logits, allowed=packed([7], 1000)) for _ in range(5)} == {7}
+
+
+def test_tokens_beyond_a_short_mask_are_not_allowed() -> None:
+    logits = np.arange(100, dtype=np.float32)
+    assert sampler(temperature=0.0).sample(logits, allowed=np.array([-1], np.int32)) == 31
+    with pytest.raises(ValueError, match="forbid all"):
+        sampler().sample(logits, allowed=np.zeros(4, np.int32))
+
+
+def test_log_probabilities_are_of_the_unmodified_logits() -> None:
+    logits = random_logits(3000)
+    logits[[5, 9]] = logits.max() + 1  # equals: the lower id comes first
+    logits[17] = -np.inf
+    expected = np.log(np.maximum(softmax(logits), 1e-300))
+    (token, logprob), *best = _core.log_probabilities(logits, 1234, 20)
+    assert token == 1234
+    assert logprob == pytest.approx(expected[1234], abs=1e-5)
+    order = np.argsort(-expected, kind="stable")[:20]
+    assert [t for t, _ in best] == order.tolist()
+    np.testing.assert_allclose([p for _, p in best], expected[order], atol=1e-5)
+    assert _core.log_probabilities(logits, 17, 0) == [(17, -np.inf)]
+    assert len(_core.log_probabilities(logits[:3], 0, 10)) == 4
+    with pytest.raises(ValueError, match="vocabulary"):
+        _core.log_probabilities(logits, 3000, 1)
+
+
+def test_exponentials_are_accurate() -> None:
+    gaps = np.linspace(0, 80, 400, dtype=np.float32)
+    for gap in gaps:
+        (_, logprob), *_ = _core.log_probabilities(np.array([0, -gap], np.float32), 0, 0)
+        assert logprob == pytest.approx(-np.log1p(np.exp(-float(gap))), rel=3e-7, abs=3e-8)

@@ -7,9 +7,6 @@ class PrefillPace:
     A step of n tokens takes about a + b * n seconds. Multiplying n by how far the last step was from the
     wanted time converges to it from either side, whatever the machine and the model, and follows when
     contexts grow or the machine slows down.
-
-    Attributes:
-        tokens: tokens that the next step may hold.
     """
 
     _FEWEST, _MOST = 4, 512
