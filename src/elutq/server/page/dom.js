@@ -32,6 +32,16 @@ export function iconButton(name, label, onclick, attributes = {}) {
     icon(name));
 }
 
+/** Whether there is a keyboard to write with, as far as can be told: not on a touch screen alone. */
+export const hasKeyboard = matchMedia("(hover: hover)").matches;
+
+/** Whether a key sends the text: Enter, without Shift and not while an input method composes. */
+export function isSubmit(event) {
+  const submits = hasKeyboard && event.key === "Enter" && !event.shiftKey && !event.isComposing;
+  if (submits) event.preventDefault();
+  return submits;
+}
+
 /** Puts `text` on the clipboard, also where the page has no HTTPS and so no clipboard interface. */
 export async function copyText(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);

@@ -1,8 +1,8 @@
 // The page's one state, the conversation on show and the answers being written, and what the reader can do to it.
 
 import { fetchModel, ServerError, streamAnswer } from "./api.js";
-import { copyText, el } from "./dom.js";
-import { copied, isSubmit, MessageView, splitThought, TextView } from "./messages.js";
+import { el, hasKeyboard, isSubmit } from "./dom.js";
+import { copied, MessageView, splitThought, TextView } from "./messages.js";
 import { clearNotice, showMessage, showNotice } from "./notices.js";
 import { openSettings } from "./settings.js";
 import { drawConversations, showDrawer } from "./sidebar.js";
@@ -84,6 +84,10 @@ function scrollToEnd() {
   thread.scrollTop = thread.scrollHeight;
 }
 
+function focusInput() {
+  if (hasKeyboard) input.focus();
+}
+
 function announce(text) {
   get("#status").textContent = text;
 }
@@ -111,7 +115,7 @@ function startNew() {
   if (unused) conversations.splice(conversations.indexOf(unused), 1);
   open(store.newConversation(model.chat ? "chat" : "text"));
   showDrawer(false);
-  input.focus();
+  focusInput();
 }
 
 // ---- Asking.
@@ -161,11 +165,9 @@ async function answer(conversation) {
   announce("Answering");
 
   const grow = throttledByFrame(() => {
-    if (current.id !== conversation.id) return;
+    if (current.id !== conversation.id || !answering.has(conversation.id)) return;
     const follow = atEnd();
-    const view = viewsOf(conversation).at(-1);
-    view.grow();
-    view.refresh({ busy: answering.has(conversation.id), last: true });
+    viewsOf(conversation).at(-1).grow();
     if (follow) scrollToEnd();
   });
   let failure = null;
@@ -203,6 +205,7 @@ async function answer(conversation) {
   if (message.content) viewsOf(conversation).at(-1).grow();
   draw();
   if (failure) showNotice(failure, { retry: () => retry(conversation), startNew });
+  else if (!message.content && message.finish !== "stopped") showMessage("The model had nothing to add.");
   if (follow) scrollToEnd();
 }
 
@@ -239,6 +242,7 @@ const actions = {
   regenerate(message) {
     current.messages.splice(current.messages.indexOf(message));
     answer(current);
+    focusInput();
   },
   open(conversation) {
     showDrawer(false);
@@ -267,7 +271,10 @@ get("#composer").addEventListener("submit", (event) => {
 input.addEventListener("keydown", (event) => {
   if (isSubmit(event)) get("#composer").requestSubmit();
 });
-get("#stop").addEventListener("click", () => answering.get(current.id)?.abort());
+get("#stop").addEventListener("click", () => {
+  answering.get(current.id)?.abort();
+  focusInput();
+});
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !get("#settings-dialog").open) answering.get(current.id)?.abort();
 });

@@ -1,6 +1,6 @@
 // How messages look: a chat's bubbles and answers, and the one running text of a model that only continues.
 
-import { copyText, el, icon, iconButton } from "./dom.js";
+import { copyText, el, icon, iconButton, isSubmit } from "./dom.js";
 import { MarkdownStream } from "./markdown.js";
 
 const NOTES = {
@@ -15,6 +15,7 @@ export class MessageView {
   #actions;
   #body;
   #thought = null;
+  #writing = false;
   #markdown;
   #footer = el("footer");
 
@@ -41,6 +42,7 @@ export class MessageView {
     }
     if (thought) this.#thought.textContent = thought;
     this.#markdown.update(answer);
+    if (this.#writing) this.#footer.replaceChildren(progressOf(this.#message));
   }
 
   /** Brings the line under the message up to date. */
@@ -51,9 +53,10 @@ export class MessageView {
       this.#footer.replaceChildren(copy, iconButton("edit", "Edit", () => this.#edit(), { disabled: busy }));
       return;
     }
-    this.root.classList.toggle("writing", busy && last);
+    this.#writing = busy && last;
+    this.root.classList.toggle("writing", this.#writing);
     const again = iconButton("again", "Regenerate", () => this.#actions.regenerate(message));
-    if (busy && last) this.#footer.replaceChildren(progressOf(message));
+    if (this.#writing) this.#footer.replaceChildren(progressOf(message));
     else this.#footer.replaceChildren(copy, ...(last ? [again] : []), ...factsOf(message));
   }
 
@@ -76,7 +79,6 @@ export class TextView {
   #actions;
   #text = el("div", { class: "text" });
   #footer = el("footer");
-  #shown = new Map(); // Message -> its span.
 
   constructor(conversation, actions) {
     this.#conversation = conversation;
@@ -85,17 +87,15 @@ export class TextView {
   }
 
   grow() {
-    const { messages } = this.#conversation;
-    for (const message of messages) {
-      if (!this.#shown.has(message)) this.#shown.set(message, el("span", { class: message.role }));
-      this.#shown.get(message).textContent = message.content;
-    }
-    this.#text.replaceChildren(...messages.map((message) => this.#shown.get(message)));
+    const last = this.#conversation.messages.at(-1);
+    this.#text.lastChild.textContent = last.content;
+    this.#footer.replaceChildren(progressOf(last));
   }
 
   refresh({ busy }) {
-    const last = this.#conversation.messages.at(-1);
-    this.grow();
+    const { messages } = this.#conversation;
+    const last = messages.at(-1);
+    this.#text.replaceChildren(...messages.map(({ role, content }) => el("span", { class: role }, content)));
     this.root.classList.toggle("writing", busy);
     if (busy) this.#footer.replaceChildren(progressOf(last));
     else {
@@ -133,13 +133,6 @@ function editorOf(content, verb, done) {
     if (isSubmit(event)) form.requestSubmit();
   });
   return form;
-}
-
-/** Whether a key sends the text: Enter, without Shift and not while an input method composes. */
-export function isSubmit(event) {
-  const keyed = event.key === "Enter" && !event.shiftKey && !event.isComposing;
-  if (keyed) event.preventDefault();
-  return keyed;
 }
 
 /** A reasoning model's answer, apart from the thought before it. */

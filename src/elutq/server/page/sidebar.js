@@ -1,7 +1,6 @@
 // The list of conversations, and on a narrow window the drawer it is in.
 
-import { el, iconButton } from "./dom.js";
-import { isSubmit } from "./messages.js";
+import { el, iconButton, isSubmit } from "./dom.js";
 
 const list = document.querySelector("#conversations");
 const sidebar = document.querySelector("#sidebar");

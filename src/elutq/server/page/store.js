@@ -53,10 +53,11 @@ export function importConversations(json) {
 }
 
 function checkedConversation({ id, title, mode, updated, messages }) {
-  const known = ["user", "assistant"];
+  const isNumber = (value) => value === undefined || Number.isFinite(value);
   const sound = /^\d{1,20}$/.test(id) && typeof title === "string" && ["chat", "text"].includes(mode) &&
     Number.isFinite(updated) &&
-    messages.every(({ role, content }) => known.includes(role) && typeof content === "string");
+    messages.every(({ role, content, tokens, seconds, used }) => ["user", "assistant"].includes(role) &&
+      typeof content === "string" && [tokens, seconds, used].every(isNumber));
   if (!sound) throw new TypeError("not a conversation");
   return { id, title, mode, updated, messages };
 }
