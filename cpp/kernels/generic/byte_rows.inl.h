@@ -20,8 +20,12 @@ struct Lookup {
   static constexpr int kTileRows = kBytes;
   static constexpr int kStripRows = kBytes;
 
-  static void put(uint32_t columns, int row, uint8_t* plane) {
-    for (int v = 0; v < 4; ++v) plane[v * kBytes + byte_of_row(row)] = static_cast<uint8_t>(columns >> (8 * v));
+  static void put(const uint32_t (&columns)[kStripRows], uint8_t* plane) {
+    uint32_t ordered[kBytes];
+    for (int r = 0; r < kStripRows; ++r) ordered[byte_of_row(r)] = columns[r];
+    for (int v = 0; v < 4; ++v) {
+      for (int i = 0; i < kBytes; ++i) plane[v * kBytes + i] = static_cast<uint8_t>(ordered[i] >> 8 * v);
+    }
   }
 
   static uint32_t get(const uint8_t* plane, int row) {

@@ -69,35 +69,41 @@ ELUTQ_INLINE uint32_t read_block(const uint8_t* row, int64_t block, int64_t row_
   return columns;
 }
 
-void pack(const HlqView& matrix, int64_t row_begin, int64_t row_end, uint8_t* packed) {
+/// One group of one tile. Rows from `rows` on read as zero.
+void pack_group(const HlqView& matrix, const Layout& layout, int64_t first, int64_t rows, int64_t group, uint8_t* to) {
   const HlqShape& shape = matrix.shape;
-  const Layout layout(shape);
+  uint16_t parameters[kMaxBits + 1][kTileRows] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t index = (first + r) * layout.groups + group;
+    for (int64_t p = 0; p < layout.bits; ++p) parameters[p][r] = matrix.scales[index * layout.bits + p];
+    parameters[layout.bits][r] = matrix.zeros[index];
+  }
+  std::memcpy(to, parameters, static_cast<size_t>(layout.parameter_bytes));
+
   const int64_t row_bytes = (shape.in_features + 7) / 8;
+  const int64_t first_block = group * layout.group_blocks;
+  const int64_t blocks = layout.blocks_of(group);
+  for (int64_t p = 0; p < layout.bits; ++p) {
+    for (int64_t strip = 0; strip < kTileRows; strip += kStripRows) {
+      const int64_t first_row = p * shape.out_features + first + strip;
+      uint8_t* plane = to + layout.parameter_bytes + layout.plane_offset(p, strip);
+      for (int64_t b = 0; b < blocks; ++b) {
+        uint32_t columns[kStripRows] = {};
+        for (int64_t r = 0; r < min_of(kStripRows, rows - strip); ++r) {
+          columns[r] = read_block(matrix.planes + (first_row + r) * row_bytes, first_block + b, row_bytes);
+        }
+        Lookup::put(columns, plane + b * layout.block_bytes);
+      }
+    }
+  }
+}
+
+void pack(const HlqView& matrix, int64_t row_begin, int64_t row_end, uint8_t* packed) {
+  const Layout layout(matrix.shape);
   for (int64_t first = row_begin; first < row_end; first += kTileRows) {
-    const int64_t rows = min_of(kTileRows, row_end - first);
     uint8_t* tile = packed + first / kTileRows * layout.tile_bytes;
-    if (rows < kTileRows) std::memset(tile, 0, static_cast<size_t>(layout.tile_bytes));
     for (int64_t group = 0; group < layout.groups; ++group) {
-      uint8_t* parameters = tile + group * layout.group_bytes;
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t index = (first + r) * layout.groups + group;
-        for (int64_t p = 0; p < layout.bits; ++p) {
-          std::memcpy(parameters + (p * kTileRows + r) * 2, matrix.scales + index * layout.bits + p, 2);
-        }
-        std::memcpy(parameters + (layout.bits * kTileRows + r) * 2, matrix.zeros + index, 2);
-      }
-      const int64_t blocks = layout.blocks_of(group);
-      uint8_t* planes = parameters + layout.parameter_bytes;
-      for (int64_t p = 0; p < layout.bits; ++p) {
-        for (int64_t r = 0; r < rows; ++r) {
-          const uint8_t* row = matrix.planes + (p * shape.out_features + first + r) * row_bytes;
-          for (int64_t b = 0; b < blocks; ++b) {
-            const uint32_t columns = read_block(row, group * layout.group_blocks + b, row_bytes);
-            Lookup::put(columns, static_cast<int>(r % kStripRows),
-                        planes + b * layout.block_bytes + layout.plane_offset(p, r));
-          }
-        }
-      }
+      pack_group(matrix, layout, first, min_of(kTileRows, row_end - first), group, tile + group * layout.group_bytes);
     }
   }
 }

@@ -22,9 +22,10 @@ struct Lookup {
   static constexpr int kStripRows = 16;
 
   /// Nibbles 7654'3210 -> 73'62'51'40.
-  static void put(uint32_t columns, int row, uint8_t* plane) {
-    const uint32_t bytes = spread(columns) | spread(columns >> 16) << 4;
-    std::memcpy(plane + 4 * row, &bytes, 4);
+  static void put(const uint32_t (&columns)[kStripRows], uint8_t* plane) {
+    uint32_t bytes[kStripRows];
+    for (int r = 0; r < kStripRows; ++r) bytes[r] = spread(columns[r]) | spread(columns[r] >> 16) << 4;
+    std::memcpy(plane, bytes, sizeof bytes);
   }
 
   static uint32_t get(const uint8_t* plane, int row) {
