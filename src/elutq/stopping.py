@@ -25,7 +25,7 @@ class StopFilter:
         text = self._held + piece
         places = [place for s in self._stop if (place := text.find(s)) >= 0]
         self.stopped = bool(places)
-        end = min(places) if places else len(text) - max((_overlap(text, s) for s in self._stop), default=0)
+        end = min(places) if places else len(text) - max((overlap(text, s) for s in self._stop), default=0)
         self._held = "" if places else text[end:]
         return text[:end]
 
@@ -35,7 +35,7 @@ class StopFilter:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with, short of all of it."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((n for n in lengths if text.endswith(stop[:n])), 0)

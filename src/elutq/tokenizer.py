@@ -101,6 +101,10 @@ class Tokenizer:
         """Number of tokens, added ones included."""
         return int(self._backend.get_vocab_size())
 
+    def to_json(self) -> str:
+        """What `tokenizer.json` would hold, with all added tokens."""
+        return str(self._backend.to_str())
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`. `add_special_tokens` adds what the model's post-processor adds, e.g. a BOS token."""
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -117,6 +121,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether `apply_chat_template` can be used."""
         return bool(self._chat_templates)
+
+    def chat_template(self, with_tools: bool = False) -> str | None:
+        """Source of the template that renders conversations, with or without tools; None if there is none."""
+        name = "tool_use" if with_tools and "tool_use" in self._chat_templates else "default"
+        return self._chat_templates.get(name)
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
@@ -177,15 +186,15 @@ class Tokenizer:
         return self._backend.id_to_token(token_id) is not None
 
     def _template(self, with_tools: bool) -> "Template":
-        name = "tool_use" if with_tools and "tool_use" in self._chat_templates else "default"
-        if name not in self._chat_templates:
+        source = self.chat_template(with_tools)
+        if source is None:
             raise TokenizerError(
                 f"{self._name} has no chat template; it is not a chat model: use a plain prompt, "
                 "or put a chat_template.jinja into the folder"
             )
-        if name not in self._compiled:
-            self._compiled[name] = _compile(self._chat_templates[name], self._name)
-        return self._compiled[name]
+        if source not in self._compiled:
+            self._compiled[source] = _compile(source, self._name)
+        return self._compiled[source]
 
 
 class StreamDecoder:

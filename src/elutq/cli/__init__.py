@@ -14,6 +14,7 @@ from elutq.cli.evaluate import evaluate
 from elutq.cli.generate import generate
 from elutq.cli.inspect import inspect
 from elutq.cli.quantize import quantize
+from elutq.cli.serve import serve
 from elutq.errors import ElutqError
 
 __all__ = ["app", "main"]
@@ -41,6 +42,7 @@ app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("serve")(serve)
 app.command("bench")(bench)
 app.command("inspect")(inspect)
 app.command("demo")(demo)

@@ -134,6 +134,9 @@ class Scheduler:
     One thread steps the engine. A step takes one token of every request that is generating and, as far as the
     time allows, pieces of the oldest prompts. What a request gets does not depend on what else runs: logits
     are the same bit for bit, and each request has its own sampler.
+
+    Attributes:
+        capacity: most requests that run and wait together.
     """
 
     def __init__(
@@ -168,7 +171,7 @@ class Scheduler:
             raise InvalidArgumentError(f"stall_seconds must be from 0.001 to 60, not {stall_seconds}")
         self._model = model
         self._parallel = parallel
-        self._capacity = parallel + queue_size
+        self.capacity = parallel + queue_size
         self._cache = PrefixCache(cache_bytes)
         # While others generate; and while nobody waits for a token, when only a cancellation would be late.
         self._shared_pace = PrefillPace(0.8 * stall_seconds)
@@ -203,7 +206,7 @@ class Scheduler:
         with self._lock:
             if self._closing:
                 raise ShuttingDownError("the server is shutting down; it takes no more requests")
-            if len(self._running) + len(self._waiting) >= self._capacity:
+            if len(self._running) + len(self._waiting) >= self.capacity:
                 self._rejected += 1
                 raise QueueFullError(
                     f"{len(self._waiting)} requests are waiting already; try again later", self._retry_after()
