@@ -14,7 +14,12 @@
 #include <functional>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "base/aligned.h"
 #include "base/cpu_features.h"
@@ -26,6 +31,10 @@
 namespace {
 
 using namespace elutq;
+
+/// Rows and columns of the linears of LLaMA-2-7B and LLaMA-3-8B.
+constexpr std::pair<int64_t, int64_t> kShapes[] = {{4096, 4096},  {1024, 4096},  {11008, 4096},
+                                                   {4096, 11008}, {14336, 4096}, {4096, 14336}};
 
 /// Median seconds of `repeats` calls, after one that is not counted.
 double median_seconds(int repeats, const std::function<void()>& call) {
@@ -86,35 +95,75 @@ void print(const KernelTable& kernels, const std::string& what, const std::strin
 
 std::string figure(const char* name, double value) {
   char text[96];
-  std::snprintf(text, sizeof text, "\"%s\": %.4g", name, value);
+  std::snprintf(text, sizeof text, "\"%s\": %.5g", name, value);
   return text;
 }
 
-/// One token against a matrix much larger than the caches: how near the memory's speed.
-void bench_decode(const KernelTable& kernels, ThreadPool& pool, int bits, int64_t group_size, int64_t rows,
-                  bool in_memory) {
-  const HlqShape shape{.out_features = rows, .in_features = 4096, .bits = bits, .group_size = group_size};
-  const auto packed = random_packed(kernels, shape, pool);
-  const Tokens tokens(kernels, shape, 1);
-  std::vector<float> y(static_cast<size_t>(shape.out_features));
-  const int repeats = in_memory ? 7 : 50;
-  const double seconds = median_seconds(repeats, [&] {
-    pool.run_ranges(shape.out_features, kernels.row_tile, [&](int64_t begin, int64_t end) {
-      kernels.matmul(shape, packed.data(), tokens.tables.data(), 1, begin, end, y.data(), shape.out_features);
-    });
-  });
-  const double rate = static_cast<double>(kernels.packed_bytes(shape)) / seconds / 1e9;
-  std::string figures =
-      figure("bits", bits) + ", " + figure("group_size", static_cast<double>(group_size)) + ", " + figure("gb_s", rate);
-  if (in_memory) {
-    const double bandwidth = read_bandwidth(pool, int64_t{512} << 20, 5) / 1e9;
-    figures += ", " + figure("read_bandwidth_gb_s", bandwidth) + ", " + figure("fraction", rate / bandwidth);
-  }
-  print(kernels, in_memory ? "gemv, memory" : "gemv, L2", figures);
+std::string shape_figures(const HlqShape& shape) {
+  return figure("out", static_cast<double>(shape.out_features)) + ", " +
+         figure("in", static_cast<double>(shape.in_features)) + ", " + figure("bits", shape.bits) + ", " +
+         figure("group_size", static_cast<double>(shape.group_size));
 }
 
-void bench_prefill(const KernelTable& kernels, ThreadPool& pool, int bits, int64_t count) {
-  const HlqShape shape{.out_features = 4096, .in_features = 4096, .bits = bits, .group_size = 128};
+/// One token against `copies` of a matrix, one after the other: GB/s of packed weights.
+double decode_rate(const KernelTable& kernels, ThreadPool& pool, const HlqShape& shape, int64_t copies, int repeats) {
+  const auto first = random_packed(kernels, shape, pool);
+  const int64_t bytes = kernels.packed_bytes(shape);
+  AlignedBuffer<uint8_t> packed(static_cast<size_t>(copies * bytes));
+  for (int64_t i = 0; i < copies; ++i) std::copy_n(first.data(), bytes, packed.data() + i * bytes);
+  const Tokens tokens(kernels, shape, 1);
+  std::vector<float> y(static_cast<size_t>(shape.out_features));
+  const double seconds = median_seconds(repeats, [&] {
+    for (int64_t i = 0; i < copies; ++i) {
+      pool.run_ranges(shape.out_features, kernels.row_tile, [&](int64_t begin, int64_t end) {
+        kernels.matmul(shape, packed.data() + i * bytes, tokens.tables.data(), 1, begin, end, y.data(),
+                       shape.out_features);
+      });
+    }
+  });
+  return static_cast<double>(copies * bytes) / seconds / 1e9;
+}
+
+/// From memory, over many times what the caches hold: how near its speed.
+void bench_decode(const KernelTable& kernels, ThreadPool& pool, const HlqShape& shape) {
+  const int64_t copies = 1 + (int64_t{256} << 20) / kernels.packed_bytes(shape);
+  const double rate = decode_rate(kernels, pool, shape, copies, 7);
+  const double bandwidth = read_bandwidth(pool, int64_t{512} << 20, 5) / 1e9;
+  print(kernels, "gemv, memory",
+        shape_figures(shape) + ", " + figure("gb_s", rate) + ", " + figure("read_bandwidth_gb_s", bandwidth) + ", " +
+            figure("fraction", rate / bandwidth));
+}
+
+void bench_decode_in_cache(const KernelTable& kernels, ThreadPool& pool, int bits) {
+  const HlqShape shape{.out_features = 768 / bits / 64 * 64, .in_features = 4096, .bits = bits, .group_size = 128};
+  print(kernels, "gemv, L2", shape_figures(shape) + ", " + figure("gb_s", decode_rate(kernels, pool, shape, 1, 50)));
+}
+
+#if defined(__x86_64__)
+/// Products of int8 that never wait for anything: 12 sums in registers.
+[[gnu::target("avx512f")]] void multiply_int8(int64_t rounds) {
+  __m512i sums[12] = {};
+  for (int64_t i = 0; i < rounds; ++i) {
+    for (__m512i& sum : sums) asm volatile("vpdpbusd %0, %0, %0" : "+v"(sum));
+  }
+}
+#endif
+
+/// What dense int8 could do at most on the same threads, in GMAC/s; 0 on machines without an instruction for it.
+double int8_peak(ThreadPool& pool) {
+#if defined(__x86_64__)
+  if (find_kernels("avx512vbmi") == nullptr) return 0;
+  constexpr int64_t kRounds = 1 << 20;
+  const double seconds = median_seconds(5, [&] { pool.run(pool.size(), [](int64_t) { multiply_int8(kRounds); }); });
+  return static_cast<double>(kRounds * 12 * 64 * pool.size()) / seconds / 1e9;
+#else
+  static_cast<void>(pool);
+  return 0;
+#endif
+}
+
+/// Many tokens, against the int8 peak of the same minute.
+void bench_prefill(const KernelTable& kernels, ThreadPool& pool, const HlqShape& shape, int64_t count) {
   const auto packed = random_packed(kernels, shape, pool);
   const Tokens tokens(kernels, shape, count);
   std::vector<float> y(static_cast<size_t>(shape.out_features * count));
@@ -123,10 +172,13 @@ void bench_prefill(const KernelTable& kernels, ThreadPool& pool, int bits, int64
       kernels.matmul(shape, packed.data(), tokens.tables.data(), count, begin, end, y.data(), shape.out_features);
     });
   });
-  const double work = static_cast<double>(shape.out_features * shape.in_features * count);
-  print(kernels, "gemm",
-        figure("bits", bits) + ", " + figure("tokens", static_cast<double>(count)) + ", " +
-            figure("gmac_s", work / seconds / 1e9));
+  const double rate = static_cast<double>(shape.out_features * shape.in_features * count) / seconds / 1e9;
+  std::string figures =
+      shape_figures(shape) + ", " + figure("tokens", static_cast<double>(count)) + ", " + figure("gmac_s", rate);
+  if (const double peak = int8_peak(pool); peak > 0) {
+    figures += ", " + figure("int8_peak_gmac_s", peak) + ", " + figure("fraction", rate / peak);
+  }
+  print(kernels, "gemm", figures);
 }
 
 void bench_tables(const KernelTable& kernels) {
@@ -202,13 +254,13 @@ int main(int argc, char** argv) {
     if (only.empty() ? isa == "scalar" : isa != only) continue;
     const KernelTable& kernels = select_kernels(isa);
     for (const int bits : {1, 2, 3, 4}) {
-      bench_decode(kernels, pool, bits, 128, 262144 / bits, true);
-      bench_decode(kernels, pool, bits, 128, 768 / bits / 64 * 64, false);
+      for (const auto& [out, in] : kShapes) bench_decode(kernels, pool, {out, in, bits, 128});
+      bench_decode_in_cache(kernels, pool, bits);
+      for (const auto& [out, in] : kShapes) bench_prefill(kernels, pool, {out, in, bits, 128}, 128);
     }
-    bench_decode(kernels, pool, 2, 32, 131072, true);
-    for (const int bits : {1, 2, 3, 4}) bench_prefill(kernels, pool, bits, 64);
-    bench_prefill(kernels, pool, 2, 4);
-    bench_prefill(kernels, pool, 2, 512);
+    bench_decode(kernels, pool, {4096, 4096, 2, 32});
+    bench_prefill(kernels, pool, {4096, 4096, 2, 128}, 8);
+    bench_prefill(kernels, pool, {4096, 4096, 2, 128}, 512);
     bench_tables(kernels);
     bench_dense(kernels, pool, 65536, 1);
     bench_dense(kernels, pool, 1024, 64);
