@@ -43,18 +43,35 @@ export class MarkdownStream {
 
   /** Shows `text`, which must begin with the text of the last update. */
   update(text) {
-    for (const node of this.#tail) node.remove();
     const lines = text.slice(this.#settled).split("\n");
     const blocks = [...readBlocks(lines, 0)];
-    for (const block of blocks) this.#parent.append(block.node);
+    const nodes = graft(this.#parent, this.#tail, blocks.map((block) => block.node));
 
     // A block's first two lines decide its kind. The last line is still being written.
-    const last = blocks.findLastIndex((block) => block.start + 2 < lines.length);
-    if (last > 0) {
-      for (let i = 0; i < blocks[last].start; i++) this.#settled += lines[i].length + 1;
-    }
-    this.#tail = blocks.slice(Math.max(last, 0)).map((block) => block.node);
+    const last = Math.max(blocks.findLastIndex((block) => block.start + 2 < lines.length), 0);
+    for (let i = 0; i < (blocks[last]?.start ?? 0); i++) this.#settled += lines[i].length + 1;
+    this.#tail = nodes.slice(last);
   }
+}
+
+/**
+ * Turns the last children of `parent`, `olds`, into `news` and gives what is there then. What is equal stays as it is:
+ * a selection, a scrolled code block and the browser's layout live on.
+ */
+function graft(parent, olds, news) {
+  for (const old of olds.slice(news.length)) old.remove();
+  return news.map((node, index) => {
+    const old = olds[index];
+    if (!old) return parent.appendChild(node);
+    if (old.isEqualNode(node)) return old;
+    if (old.nodeType === Node.TEXT_NODE && node.nodeType === Node.TEXT_NODE) old.data = node.data;
+    else if (old.cloneNode().isEqualNode(node.cloneNode())) graft(old, [...old.childNodes], [...node.childNodes]);
+    else {
+      old.replaceWith(node);
+      return node;
+    }
+    return old;
+  });
 }
 
 // ---- Blocks. A reader takes the lines and a position, and gives { end, node } or null.
