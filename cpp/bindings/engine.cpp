@@ -135,7 +135,8 @@ void bind_engine(nb::module_& m) {
       .def("__len__", &KvCache::length)
       .def_prop_ro("max_positions", &KvCache::max_positions)
       .def_prop_ro("memory_bytes", &KvCache::memory_bytes)
-      .def("truncate", &KvCache::truncate, "length"_a);
+      .def("truncate", &KvCache::truncate, "length"_a)
+      .def("fork", &KvCache::fork, "length"_a);
 
   nb::class_<Engine>(m, "Engine", "A model on this machine.")
       .def(

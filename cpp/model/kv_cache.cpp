@@ -1,7 +1,9 @@
 #include "model/kv_cache.h"
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace elutq {
 
@@ -22,10 +24,11 @@ void KvCache::reserve(int64_t positions) {
                                 " tokens, but the context is limited to " + std::to_string(max_positions_) +
                                 "; shorten the prompt or ask for fewer new tokens");
   }
+  if (positions > length_ && length_ % kPagePositions != 0) detach(static_cast<size_t>(length_ / kPagePositions));
   while (static_cast<int64_t>(pages_.size()) * kPagePositions < positions) {
     addresses_.reserve(pages_.size() + 1);
-    pages_.emplace_back(layers_ * layer_bytes());
-    addresses_.push_back(pages_.back().data());
+    pages_.push_back(std::make_shared<Page>(layers_ * layer_bytes()));
+    addresses_.push_back(pages_.back()->data());
   }
 }
 
@@ -39,8 +42,33 @@ void KvCache::truncate(int64_t length) {
   addresses_.resize(pages_.size());
 }
 
+KvCache::KvCache(const KvCache& other, int64_t length)
+    : layout_(other.layout_),
+      layers_(other.layers_),
+      kv_heads_(other.kv_heads_),
+      max_positions_(other.max_positions_),
+      length_(other.length_),
+      pages_(other.pages_),
+      addresses_(other.addresses_) {
+  truncate(length);
+}
+
+std::shared_ptr<KvCache> KvCache::fork(int64_t length) const {
+  std::shared_ptr<KvCache> result(new KvCache(*this, length));
+  return result;
+}
+
+void KvCache::detach(size_t page) {
+  if (pages_[page].use_count() == 1) return;
+  const int64_t bytes = layers_ * layer_bytes();
+  auto own = std::make_shared<Page>(bytes);
+  std::memcpy(own->data(), pages_[page]->data(), static_cast<size_t>(bytes));
+  addresses_[page] = own->data();
+  pages_[page] = std::move(own);
+}
+
 void KvCache::store(const KernelTable& kernels, int64_t layer, int64_t position, const float* key, const float* value) {
-  uint8_t* head = pages_[position / kPagePositions].data() + layer * layer_bytes();
+  uint8_t* head = pages_[position / kPagePositions]->data() + layer * layer_bytes();
   for (int64_t h = 0; h < kv_heads_; ++h, head += layout_.bytes()) {
     const int64_t offset = h * layout_.head_dim;
     kernels.store_kv(layout_, key + offset, value + offset, position % kPagePositions, head);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "base/aligned.h"
@@ -13,7 +14,7 @@ namespace elutq {
 ///
 /// A page is [layer][key-value head], each as KvLayout says, so that what attention reads of one head is contiguous
 /// within a page. A position always lies in the same place of the same page: how a sequence was cut into steps leaves
-/// no trace.
+/// no trace. Sequences that begin alike may share pages: a page is copied before one of several owners writes to it.
 class KvCache {
  public:
   /// An empty sequence of at most `max_positions`.
@@ -34,15 +35,25 @@ class KvCache {
   /// are fewer.
   void truncate(int64_t length);
 
+  /// A sequence that holds the first `length` positions of this one, in the same memory but for a page that is not
+  /// full. What happens to either leaves the other as it is. Throws std::invalid_argument when there are fewer.
+  std::shared_ptr<KvCache> fork(int64_t length) const;
+
   /// Stores the key and value, fp32 [num_key_value_heads][head_dim] each, of a reserved position.
   void store(const KernelTable& kernels, int64_t layer, int64_t position, const float* key, const float* value);
   /// `tokens` positions from `position` on, as queries of a layer. Valid until the sequence grows or is truncated.
   AttentionRun run(int64_t layer, int64_t position, int64_t tokens) const;
 
-  /// Memory of all pages.
+  /// Memory of all pages, shared ones included.
   int64_t memory_bytes() const;
 
  private:
+  using Page = AlignedBuffer<uint8_t>;
+
+  /// The first `length` positions of `other`, all of whose pages are shared.
+  KvCache(const KvCache& other, int64_t length);
+  /// Makes a page this sequence's own.
+  void detach(size_t page);
   int64_t layer_bytes() const { return kv_heads_ * layout_.bytes(); }
 
   KvLayout layout_;
@@ -50,7 +61,7 @@ class KvCache {
   int64_t kv_heads_;
   int64_t max_positions_;
   int64_t length_ = 0;
-  std::vector<AlignedBuffer<uint8_t>> pages_;
+  std::vector<std::shared_ptr<Page>> pages_;
   std::vector<const uint8_t*> addresses_;  // of the pages
 };
 

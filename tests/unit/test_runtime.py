@@ -96,6 +96,34 @@ def test_truncate_goes_back(model: LanguageModel) -> None:
         sequence.truncate(151)
 
 
+def test_a_fork_and_its_origin_go_their_own_ways(model: LanguageModel) -> None:
+    ids = tokens(150)
+    origin = model.new_sequence()
+    model.step([(origin, ids)])
+    fork = origin.fork(130)
+    assert len(fork) == 130
+    for sequence, rest in ((fork, tokens(40, 1)), (origin, tokens(40, 2)), (fork, tokens(40, 3))):
+        before = (
+            ids
+            if sequence is origin
+            else ids[:130]
+            if rest == tokens(40, 1)
+            else [*ids[:130], *tokens(40, 1)]
+        )
+        (logits,) = model.step([(sequence, rest)])
+        assert np.array_equal(logits, model.logits([*before, *rest])[-1])
+    origin.truncate(70)  # within a page that the fork reads
+    (logits,) = model.step([(origin, tokens(30, 4))])
+    assert np.array_equal(logits, model.logits([*ids[:70], *tokens(30, 4)])[-1])
+    (logits,) = model.step([(fork, [7])])
+    assert np.array_equal(logits, model.logits([*ids[:130], *tokens(40, 1), *tokens(40, 3), 7])[-1])
+    del origin
+    (logits,) = model.step([(fork.fork(100), [7])])
+    assert np.array_equal(logits, model.logits([*ids[:100], 7])[-1])
+    with pytest.raises(ValueError, match="truncated"):
+        fork.fork(len(fork) + 1)
+
+
 def test_cache_memory_is_two_bytes_per_value(model: LanguageModel) -> None:
     sequence = model.new_sequence()
     assert sequence.memory_bytes == 0

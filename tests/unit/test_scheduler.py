@@ -345,6 +345,33 @@ def test_the_same_prompt_again_computes_one_token(start: Callable[..., Scheduler
     assert [usage.cached_tokens for usage in usages] == [0, 79]
 
 
+def test_requests_that_arrive_together_compute_what_they_share_once(
+    gate: Gate, model: LanguageModel, start: Callable[..., Scheduler]
+) -> None:
+    """As the choices of one chat request do, or conversations under one system prompt."""
+    scheduler = start(parallel=4)
+    shared = tokens(150)
+    requests = [GenerationRequest(shared + tokens(n, n), max_new_tokens=12) for n in (1, 3, 70, 10)]
+    requests.append(GenerationRequest(shared[:70] + tokens(9, 5), max_new_tokens=12))
+    clients = [Client.of(scheduler, request) for request in requests]
+    gate.open()
+    for client, request in zip(clients, requests, strict=True):
+        assert client.wait().text == solo(model, request)[0]
+    assert [client.usage.cached_tokens for client in clients] == [0, 150, 150, 150, 70]
+
+
+def test_branches_of_a_conversation_are_all_kept(start: Callable[..., Scheduler]) -> None:
+    scheduler = start()
+    trunk = tokens(100)
+    branches = [[*trunk, *tokens(40, seed)] for seed in (1, 2, 3)]
+    for branch in branches:
+        Client.of(scheduler, GenerationRequest(branch, max_new_tokens=1)).wait()
+    assert scheduler.stats.cached_sequences == 3
+    for branch in branches:
+        client = Client.of(scheduler, GenerationRequest([*branch, 5], max_new_tokens=1)).wait()
+        assert client.usage.cached_tokens == 140
+
+
 def test_without_memory_nothing_is_kept(start: Callable[..., Scheduler]) -> None:
     scheduler = start(cache_bytes=0)
     for _ in range(2):

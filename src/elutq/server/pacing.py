@@ -25,5 +25,6 @@ class PrefillPace:
         """Learn from a step of so many tokens. A small quick one says nothing about a large one."""
         if tokens < self.tokens and seconds <= self._seconds:
             return
+        size = tokens if tokens < self.tokens else max(self._size, tokens)
         ratio = min(2.0, max(0.25, self._seconds / seconds))
-        self._size = min(float(self._MOST), max(float(self._FEWEST), tokens * ratio))
+        self._size = min(float(self._MOST), max(float(self._FEWEST), size * ratio))

@@ -1,6 +1,7 @@
 """Keys and values of finished requests, kept for requests that begin alike."""
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from elutq.runtime import SequenceState
 
 #: Computing fewer tokens again costs less than it is worth.
-_FEWEST_TOKENS = 16
+FEWEST_TOKENS = 16
 
 
 class PrefixCache:
@@ -32,26 +33,40 @@ class PrefixCache:
         """Memory of all sequences. What they share with others counts for each."""
         return sum(sequence.memory_bytes for _, sequence in self._entries.values())
 
-    def take(self, tokens: NDArray[np.int32]) -> SequenceState | None:
-        """A sequence that holds a beginning of `tokens`, the longest there is but not all; None if short.
+    def find(
+        self, tokens: NDArray[np.int32], running: Iterable[tuple[NDArray[np.int32], SequenceState]] = ()
+    ) -> tuple[int, SequenceState | None]:
+        """The sequence that begins like a prompt for longest, and for how many tokens; (0, None) if short.
+
+        It is never the whole prompt: the logits after its last token are wanted.
 
         Args:
-            tokens: int32 [n], a prompt.
+            tokens: int32 [n], the prompt.
+            running: more sequences to look at, and what they hold.
         """
-        lengths = {key: common_prefix(held, tokens[:-1]) for key, (held, _) in self._entries.items()}
-        key = max(lengths, key=lambda k: lengths[k], default=None)
-        if key is None or lengths[key] < _FEWEST_TOKENS:
-            return None
-        _, sequence = self._entries.pop(key)
-        sequence.truncate(lengths[key])
-        return sequence
+        candidates: list[tuple[int | None, NDArray[np.int32], SequenceState]] = [
+            (None, held, sequence) for held, sequence in running
+        ]
+        candidates += [(key, held, sequence) for key, (held, sequence) in self._entries.items()]
+        lengths = [common_prefix(held, tokens[:-1]) for _, held, _ in candidates]
+        length = max(lengths, default=0)
+        if length < FEWEST_TOKENS:
+            return 0, None
+        key, _, sequence = candidates[lengths.index(length)]
+        if key is not None:
+            self._entries.move_to_end(key)
+        return length, sequence
 
     def put(self, tokens: NDArray[np.int32], sequence: SequenceState) -> None:
         """Keep a sequence, which holds `tokens`, as far as the limits allow."""
-        if len(tokens) < _FEWEST_TOKENS:
+        if len(tokens) < FEWEST_TOKENS:
             return
         for key, (held, _) in list(self._entries.items()):
-            if common_prefix(held, tokens) == len(held):
+            shared = common_prefix(held, tokens)
+            if shared == len(tokens):
+                self._entries.move_to_end(key)
+                return
+            if shared == len(held):
                 del self._entries[key]
         self._entries[self._next_key] = (tokens, sequence)
         self._next_key += 1

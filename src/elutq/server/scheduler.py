@@ -16,7 +16,7 @@ from elutq.generation import Generation, GenerationRequest
 from elutq.runtime import LanguageModel, SequenceState
 from elutq.sampling import Token
 from elutq.server.pacing import PrefillPace
-from elutq.server.prefix_cache import PrefixCache
+from elutq.server.prefix_cache import FEWEST_TOKENS, PrefixCache, common_prefix
 
 _log = logging.getLogger(__name__)
 
@@ -300,22 +300,31 @@ class Scheduler:
         batch = [(r, r.generation.tokens[-1:]) for r in generating]
         pace = self._shared_pace if generating else self._lone_pace
         room = max(pace.tokens - len(batch), 1)
+        prompts: list[NDArray[np.int32]] = []
         for request in self._running:
-            if request.generating is None and room > 0:
-                sequence = self._begin(request) if request.sequence is None else request.sequence
-                piece = request.generation.tokens[len(sequence) :][:room]
-                batch.append((request, piece))
-                room -= len(piece)
+            if request.generating is not None or room == 0:
+                continue
+            tokens = request.generation.tokens
+            sequence = self._begin(request, prompts) if request.sequence is None else request.sequence
+            if sequence is not None:
+                prompts.append(tokens)
+                batch.append((request, tokens[len(sequence) :][:room]))
+                room -= len(batch[-1][1])
         return batch
 
-    def _begin(self, request: _Request) -> SequenceState:
+    def _begin(self, request: _Request, prompts: Sequence[NDArray[np.int32]]) -> SequenceState | None:
+        """The request's sequence; None while one of these unfinished prompts computes what it needs."""
         tokens = request.generation.tokens
+        running = [(r.generation.tokens[: len(r.sequence)], r.sequence) for r in self._running if r.sequence]
+        cached, sequence = self._cache.find(tokens, running)
+        if any(common_prefix(prompt, tokens[:-1]) >= cached + FEWEST_TOKENS for prompt in prompts):
+            return None
         request.started = time.monotonic()
-        request.sequence = self._cache.take(tokens) or self._model.new_sequence()
-        request.cached_tokens = len(request.sequence)
+        request.sequence = self._model.new_sequence() if sequence is None else sequence.fork(cached)
+        request.cached_tokens = cached
         with self._lock:
             self._prompt_tokens += len(tokens)
-            self._cached_tokens += request.cached_tokens
+            self._cached_tokens += cached
         return request.sequence
 
     def _forward(
