@@ -2,8 +2,9 @@
 #include "bindings/bindings.h"
 
 NB_MODULE(_core, m) {
-  m.doc() = "Compiled core of elutq. Private: import elutq.runtime or elutq.hlq instead.";
+  m.doc() = "Compiled core of elutq. Private: import elutq.runtime, elutq.hlq or elutq.hf instead.";
   bind_engine(m);
   bind_kernels(m);
+  bind_linear(m);
   bind_solver(m);
 }

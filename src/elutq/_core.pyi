@@ -83,18 +83,29 @@ def read_bandwidth(threads: int, bytes: int = ..., passes: int = ...) -> float: 
 def cpu_model_name() -> str:
     """Marketing name of the CPU, or 'unknown'."""
 
-def hlq_linear(
-    isa: str,
-    planes: NDArray[np.uint8],
-    scales: NDArray[np.uint16],
-    zeros: NDArray[np.uint16],
-    in_features: int,
-    group_size: int,
-    x: NDArray[np.float32],
-    threads: int = 1,
-    exact: bool = False,
-) -> NDArray[np.float32]:
-    """Product of x [tokens, in_features] and the transposed matrix, float32 [tokens, out_features]."""
+class LinearRunner:
+    """Kernels and threads for linears outside a model; products run one after the other."""
+
+    def __init__(self, isa: str, threads: int, exact: bool = False) -> None: ...
+    @property
+    def isa(self) -> str: ...
+
+class PackedLinear:
+    """One HLQ matrix, packed for this machine: the same product, bit for bit, as inside a model."""
+
+    def __init__(
+        self,
+        runner: LinearRunner,
+        planes: NDArray[np.uint8],
+        scales: NDArray[np.uint16],
+        zeros: NDArray[np.uint16],
+        in_features: int,
+        group_size: int,
+    ) -> None: ...
+    @property
+    def memory_bytes(self) -> int: ...
+    def multiply(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Product of x [tokens, in_features] and the transposed matrix, float32 [tokens, out_features]."""
 
 def fit_hlq(
     weights: NDArray[np.generic],

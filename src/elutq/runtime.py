@@ -454,9 +454,12 @@ def default_threads() -> int:
     return len(cores)
 
 
-def _new_engine(
-    config: EngineConfig, isa: str | None, threads: int | None, exact: bool, kv_cache: str
-) -> _core.Engine:
+def machine_options(isa: str | None, threads: int | None) -> tuple[str, int]:
+    """Instruction set ("" for the best) and threads to run on; None takes `ELUTQ_ISA` and `ELUTQ_THREADS`.
+
+    Raises:
+        InvalidArgumentError: the number of threads is out of range.
+    """
     if isa is None:
         isa = os.environ.get("ELUTQ_ISA", "")
     if threads is None:
@@ -466,6 +469,13 @@ def _new_engine(
         threads = int(variable) if variable else default_threads()
     if not 1 <= threads <= 1024:
         raise InvalidArgumentError(f"threads must be from 1 to 1024, not {threads}")
+    return isa, threads
+
+
+def _new_engine(
+    config: EngineConfig, isa: str | None, threads: int | None, exact: bool, kv_cache: str
+) -> _core.Engine:
+    isa, threads = machine_options(isa, threads)
     with engine_errors():
         return _core.Engine(config, isa, threads, exact, kv_cache)
 

@@ -30,17 +30,9 @@ def multiply(
     isa: str, matrix: tuple[NDArray, ...], group_size: int, x: NDArray, threads: int = 1, exact: bool = False
 ) -> NDArray:
     planes, scales, zeros, weight = matrix
-    return _core.hlq_linear(
-        isa,
-        planes,
-        scales.view(np.uint16),
-        zeros.view(np.uint16),
-        weight.shape[1],
-        group_size,
-        x,
-        threads,
-        exact,
-    )
+    bits = (array.view(np.uint16) for array in (scales, zeros))
+    runner = _core.LinearRunner(isa, threads, exact)
+    return _core.PackedLinear(runner, planes, *bits, weight.shape[1], group_size).multiply(x)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -75,10 +67,20 @@ def test_wrong_shapes_are_refused() -> None:
         multiply("", (planes, scales, zeros, weight), 32, x[:, :60].copy())
     with pytest.raises(ValueError, match="scales must be"):
         multiply("", (planes, scales[:, :1].copy(), zeros, weight), 32, x)
-    with pytest.raises(ValueError, match="group_size"):
-        multiply("", (planes, scales, zeros, weight), 31, x)
+    with pytest.raises(ValueError, match="HLQ groups have"):
+        multiply("", random_matrix(8, 64, 2, 31), 31, x)
     with pytest.raises(ValueError, match="'sse9' cannot run on this machine; available are: scalar"):
         multiply("sse9", (planes, scales, zeros, weight), 32, x)
+
+
+def test_long_texts_are_multiplied_in_pieces() -> None:
+    matrix = random_matrix(40, 96, 2, 32)
+    x = np.random.default_rng(3).normal(size=(300, 96)).astype(np.float32)
+    whole = multiply("", matrix, 32, x, threads=2)
+    assert np.array_equal(
+        whole, np.concatenate([multiply("", matrix, 32, x[i : i + 75]) for i in range(0, 300, 75)])
+    )
+    assert multiply("", matrix, 32, x[:0]).shape == (0, 40)
 
 
 def test_the_machine_is_described() -> None:
