@@ -11,10 +11,10 @@ class PrefillPace:
 
     _FEWEST, _MOST = 4, 512
 
-    def __init__(self, seconds: float, first: int = 16) -> None:
-        """Aim at steps of `seconds`, beginning with `first` tokens."""
+    def __init__(self, seconds: float) -> None:
+        """Aim at steps of `seconds`, from below."""
         self._seconds = seconds
-        self._size = float(first)
+        self._size = float(self._FEWEST)
 
     @property
     def tokens(self) -> int:
