@@ -1,23 +1,15 @@
 """A real Chromium, and a server that gives scripted answers to the chat page."""
 
 import json
+import mimetypes
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-PAGE = Path(str(files("elutq") / "server" / "page"))
-TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
-)
 
 
 @dataclass
@@ -50,15 +42,13 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self) -> None:
-        name = self.path.removeprefix("/") or "index.html"
-        if name == "v1/models":
+        if self.path == "/v1/models":
             capabilities = {"context_length": 4096, "chat": self.server.chat}
             models = {"data": [{"id": "tiny-model", "object": "model", "elutq": capabilities}]}
             self.reply(200, "application/json", json.dumps(models).encode())
-        elif "/" not in name and (PAGE / name).is_file():
-            headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
-            kind = TYPES[Path(name).suffix] + "; charset=utf-8"
-            self.reply(200, kind, (PAGE / name).read_bytes(), headers)
+        elif file := self.server.files.page_paths().get(self.path):
+            kind = mimetypes.guess_type(file)[0]
+            self.reply(200, f"{kind}; charset=utf-8", file.read_bytes(), self.server.files.HEADERS)
         else:
             self.reply(404, "text/plain", b"")
 
@@ -94,12 +84,13 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class ScriptedServer(ThreadingHTTPServer):
-    """Gives the replies in turn and keeps what it was asked."""
+    """Serves the page as `elutq serve` does, gives the replies in turn and keeps what it was asked."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.files = pytest.importorskip("elutq.server.page_files", reason="needs pip install '.[serve]'")
         self.replies: list[Reply] = []
         self.asked: list[tuple[str, dict[str, Any], str | None]] = []
         self.chat = True
@@ -138,26 +129,38 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def page(browser: Any, server: ScriptedServer) -> Iterator[Any]:
-    """A page for the scripted server. No script may fail, nothing may pop up or leave for elsewhere."""
-    context = browser.new_context(base_url=server.url)
-    context.set_default_timeout(10_000)
-    page = context.new_page()
+def new_page(browser: Any) -> Iterator[Callable[[str], Any]]:
+    """`new_page(url)` is a page for a server. No script may fail, nothing pop up or leave for elsewhere."""
+    contexts = []
     faults: list[str] = []
 
-    def check_request(request: Any) -> None:
-        if not request.url.startswith((server.url, "blob:")):
-            faults.append(f"request to {request.url}")
+    def make(url: str) -> Any:
+        def check_request(request: Any) -> None:
+            if not request.url.startswith((url, "blob:")):
+                faults.append(f"request to {request.url}")
 
-    def check_console(message: Any) -> None:
-        if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
-            faults.append(f"console: {message.text}")
+        def check_console(message: Any) -> None:
+            if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
+                faults.append(f"console: {message.text}")
 
-    context.on("request", check_request)
-    page.on("console", check_console)
-    page.on("pageerror", lambda error: faults.append(f"script error: {error}"))
-    page.on("dialog", lambda dialog: faults.append(f"dialog: {dialog.message}"))
-    page.on("popup", lambda popup: faults.append(f"popup: {popup.url}"))
-    yield page
-    context.close()
+        context = browser.new_context(base_url=url)
+        contexts.append(context)
+        context.set_default_timeout(10_000)
+        context.on("request", check_request)
+        page = context.new_page()
+        page.on("console", check_console)
+        page.on("pageerror", lambda error: faults.append(f"script error: {error}"))
+        page.on("dialog", lambda dialog: faults.append(f"dialog: {dialog.message}"))
+        page.on("popup", lambda popup: faults.append(f"popup: {popup.url}"))
+        return page
+
+    yield make
+    for context in contexts:
+        context.close()
     assert faults == []
+
+
+@pytest.fixture
+def page(new_page: Callable[[str], Any], server: ScriptedServer) -> Any:
+    """A page for the scripted server."""
+    return new_page(server.url)

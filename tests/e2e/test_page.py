@@ -1,11 +1,17 @@
-"""The chat page in a real Chromium, against a scripted server."""
+"""The chat page in a real Chromium, with a scripted server and with `elutq serve`."""
 
+import re
+import subprocess
+import sys
 import threading
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from elutq.models import bundled_model
 
 expect = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install '.[test]'").expect
 
@@ -316,3 +322,48 @@ def test_no_source_turns_text_into_html_or_names_another_site() -> None:
     for name, source in sources.items():
         assert [word for word in dangerous if word in source] == [], name
         assert "://" not in source.replace("http://www.w3.org/2000/svg", ""), f"an address in {name}"
+
+
+@pytest.fixture
+def served() -> Iterator[str]:
+    """The address of `elutq serve`: the bundled model, which cannot chat, slow enough to be stopped."""
+    options = ("--port", "0", "--api-key", "secret", "--threads", "1", "--isa", "scalar")
+    command = [sys.executable, "-m", "elutq", "serve", str(bundled_model()), *options]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    line = next((line for line in server.stderr if "is served on" in line), "nothing")
+    yield re.sub(r".* is served on (\S+)\n", r"\1/", line)
+    server.terminate()
+    server.communicate(timeout=60)
+    assert server.returncode == 0
+
+
+def test_the_real_server(new_page: Callable[[str], Any], served: str) -> None:
+    page = new_page(served)
+    assert "script-src 'self'" in page.goto("/").headers["content-security-policy"]
+    page.get_by_label("API key").fill("secret")
+    page.get_by_role("button", name="Continue").click()
+    expect_text(page.locator("#model"), "llama-7m")
+
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Temperature").fill("0")
+    page.get_by_label("Longest answer").fill("500")
+    page.get_by_role("button", name="Done").click()
+    page.get_by_role("button", name="Once upon a time").click()
+    written = page.locator(".text .assistant")
+    expect(written).to_contain_text(re.compile(r"\w+ \w+"))
+    grown = len(written.text_content())
+    expect(written).to_contain_text(re.compile(f".{{{grown + 20},}}", re.DOTALL))
+    page.keyboard.press("Escape")
+    expect_text(page.locator(".note"), "Stopped.")
+    story = page.locator(".text").text_content()
+    page.reload()
+    expect_text(page.locator(".text"), story)
+
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Longest answer").fill("8")
+    page.get_by_role("button", name="Done").click()
+    send(page, "")
+    expect(page.locator("article footer")).to_contain_text("8 tokens")
+    expect(page.locator("#context")).to_contain_text("of 512 tokens")
+    assert page.locator(".text").text_content().startswith(story)

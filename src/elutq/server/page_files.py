@@ -7,10 +7,11 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
 
-_HEADERS = {
-    # Nothing but the page's own files, and no way out for what a model might say.
+HEADERS = {
+    # Nothing but the page's own files, no way out for what a model might say, and no text taken for HTML.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -41,6 +42,6 @@ def page_routes() -> APIRouter:
 
 def _responder(file: Path) -> Callable[[], Awaitable[FileResponse]]:
     async def respond() -> FileResponse:
-        return FileResponse(file, media_type=_MEDIA_TYPES[file.suffix], headers=_HEADERS)
+        return FileResponse(file, media_type=_MEDIA_TYPES[file.suffix], headers=HEADERS)
 
     return respond

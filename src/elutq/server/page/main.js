@@ -138,12 +138,14 @@ function send(text) {
 
 const titleOf = (text) => text.trim().split("\n")[0].slice(0, 80);
 
+const PIECE = 128; // Tokens added to a text at a time, unless the settings say otherwise.
+
 /** The request for the next message, or the next piece of text. */
 function requestFor(conversation) {
   const { system, ...sampling } = store.loadSettings();
   const common = { model: model.name, ...sampling };
   if (conversation.mode === "text") {
-    return { ...common, prompt: conversation.messages.map(({ content }) => content).join("") };
+    return { max_tokens: PIECE, ...common, prompt: conversation.messages.map(({ content }) => content).join("") };
   }
   const asked = conversation.messages.map(({ role, content }) => ({ role, content: splitThought(content).answer }));
   return { ...common, messages: system ? [{ role: "system", content: system }, ...asked] : asked };

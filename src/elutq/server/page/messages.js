@@ -104,7 +104,8 @@ export class TextView {
         iconButton("copy", "Copy", (event) => copied(event.currentTarget, this.#text.textContent)),
         iconButton("edit", "Edit", () => this.#edit()),
         ...(answered ? [iconButton("again", "Regenerate", () => this.#actions.regenerate(last))] : []),
-        ...(answered ? factsOf(last) : []));
+        // A text goes on in pieces, so that a piece ends at its limit is nothing to tell.
+        ...(answered ? factsOf({ ...last, finish: last.finish === "length" ? "stop" : last.finish }) : []));
     }
   }
 
