@@ -4,14 +4,18 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import elutq
 from elutq import _core
 from elutq.architectures import EngineConfig, engine_config, outer_linears
+from elutq.checkpoint import Checkpoint
 from elutq.errors import InvalidArgumentError, TensorValueError, TokenizerError
+from elutq.quantize import quantize
 from elutq.runtime import LanguageModel, PromptCache, default_threads, load, random_model, read_bandwidth
 from elutq.shapes import SHAPES, shape_config
 
@@ -279,6 +283,32 @@ def test_nan_logits_are_an_error(tmp_path: Path) -> None:
     weights.write_bytes(data)
     with load(broken, threads=1) as model, pytest.raises(TensorValueError, match="NaN"):
         model.generate("Once")
+
+
+def test_file_pages_are_given_back_matrix_by_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "model"
+    quantize(REFERENCE_MODEL, out, bits=2, method="rtn", lm_head_bits=4)
+    held: set[str] = set()
+    most = 0
+    read, release = Checkpoint.read, Checkpoint.release
+
+    def watched_read(self: Checkpoint, name: str) -> NDArray[Any]:
+        nonlocal most
+        held.add(name)
+        most = max(most, len(held))
+        return read(self, name)
+
+    def watched_release(self: Checkpoint, name: str) -> None:
+        held.remove(name)
+        release(self, name)
+
+    monkeypatch.setattr(Checkpoint, "read", watched_read)
+    monkeypatch.setattr(Checkpoint, "release", watched_release)
+    with load(out, threads=2) as model:
+        vectors = {name for name in held if name.endswith("norm.weight")}
+        assert held == vectors, "the file's pages of a matrix are still held"
+        assert model.weight_memory_bytes < 1.1 * (out / "model.safetensors").stat().st_size
+    assert most == max(3, len(vectors)), "more than one matrix was held at once"
 
 
 # ---- Conversations ---------------------------------------------------------------------------
