@@ -61,11 +61,13 @@ class PromptCache:
         shared = next((i for i, (ours, theirs) in pairs if ours != theirs), limit)
         self.sequence.truncate(shared)
 
-    def extend(self, model: "LanguageModel", tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Append tokens; float32 [vocab_size] logits after the last."""
+    def extend(
+        self, model: "LanguageModel", tokens: Sequence[int], all_logits: bool = False
+    ) -> NDArray[np.float32]:
+        """Append tokens; logits after the last, float32 [vocab_size], or after each, [tokens, vocab_size]."""
         # The sequence's length decides what is held: an interrupt may come before or after the step.
         self._tokens[len(self) :] = tokens
-        return model.step([(self.sequence, tokens)])[0]
+        return model.step([(self.sequence, tokens)], all_logits)[0]
 
 
 class LanguageModel:

@@ -1,12 +1,14 @@
+import importlib
 import itertools
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from elutq.errors import InvalidArgumentError, TensorValueError
+from elutq.errors import InvalidArgumentError, MissingDependencyError, TensorValueError
 from elutq.eval import evaluate, evaluate_all
 from elutq.eval import perplexity as module
 from elutq.models import bundled_model
@@ -153,3 +155,10 @@ def test_agrees_with_transformers_on_the_bundled_model(context: int) -> None:
     found = evaluate(ours, ids.tolist(), context)
     assert found.tokens == windows[:, 1:].numel()
     assert found.nll == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_harness_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "elutq.eval.harness", raising=False)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'elutq\[lm-eval\]'"):
+        importlib.import_module("elutq.eval.harness")

@@ -355,9 +355,9 @@ def test_a_prompt_cache_computes_only_what_is_new(
     computed: list[int] = []
     step = LanguageModel.step
 
-    def counted(self: LanguageModel, batch: list[tuple[object, list[int]]]) -> object:
+    def counted(self: LanguageModel, batch: list[tuple[object, list[int]]], all_logits: bool) -> object:
         computed.append(sum(len(ids) for _, ids in batch))
-        return step(self, batch)  # type: ignore[arg-type]
+        return step(self, batch, all_logits)  # type: ignore[arg-type]
 
     monkeypatch.setattr(LanguageModel, "step", counted)
     cache, talk = PromptCache(chatter), list(MESSAGES)
