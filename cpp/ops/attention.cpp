@@ -73,8 +73,8 @@ void Attention::make_items(const float* q, std::span<const AttentionRun> runs, i
   items_.clear();
   int64_t row = 0;  // of q and out
   for (const AttentionRun& run : runs) {
-    for (int64_t t = 0; t < run.tokens; t += tile_tokens) {
-      for (int64_t head = 0; head < shape_.num_key_value_heads; ++head) {
+    for (int64_t head = 0; head < shape_.num_key_value_heads; ++head) {
+      for (int64_t t = 0; t < run.tokens; t += tile_tokens) {
         const int64_t offset = (row + t) * shape_.q_size() + head * group * shape_.head_dim;
         const AttentionTile tile = {.layout = run.layout,
                                     .pages = run.pages,
@@ -105,8 +105,8 @@ void Attention::merge(const Item& item, const float* partials) const {
 
 template <typename Work>
 void Attention::share_out(int64_t count, const Work& work) {
-  // Later tokens see more, so work is claimed one by one rather than split evenly; latest first, so that the longest is
-  // not the last.
+  // Later tokens see more, so work is claimed one by one rather than split evenly; latest first, so that what comes
+  // last is short.
   std::atomic<int64_t> claimed{0};
   const std::function<void(int64_t)> claim = [&](int64_t thread) {
     for (int64_t i; (i = count - 1 - claimed.fetch_add(1, std::memory_order_relaxed)) >= 0;) work(i, scratch_[thread]);

@@ -5,6 +5,13 @@
 namespace elutq {
 namespace {
 
+/// Fetches `bytes` bytes from `from` on into the second-level cache. A page is too short for the hardware to learn
+/// where it goes on: while one is used, the next is fetched by hand.
+template <int64_t bytes>
+ELUTQ_INLINE void prefetch(const uint8_t* from) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
 /// Rows whose sums are kept in registers together.
 constexpr int kAttentionRows = 4;
 
@@ -59,9 +66,10 @@ ELUTQ_INLINE void for_each_row_block(int64_t count, const Body& body) {
   if (row < count) body(Constant<1>{}, row);
 }
 
-/// Scores of `rows` rows from `row` on and all positions of a page, seen or not; scores: of the page's first position.
+/// Scores of `rows` rows from `row` on and all positions of a page, seen or not; scores: of the page's first position;
+/// ahead: bytes from the page to the next.
 template <KvType type, int rows>
-void score_page(const Section& section, int64_t row, const uint8_t* page, float* scores) {
+void score_page(const Section& section, int64_t row, const uint8_t* page, int64_t ahead, float* scores) {
   const KvLayout& layout = section.tile.layout;
   const float* q[rows];
   for (int r = 0; r < rows; ++r) q[r] = section.query(row + r);
@@ -71,6 +79,7 @@ void score_page(const Section& section, int64_t row, const uint8_t* page, float*
     for (int64_t d = 0; d < layout.head_dim; ++d, keys += kPagePositions * kKvBytes<type>) {
       Floats k[kAttentionRuns];
       unroll<kAttentionRuns>([&](auto i) ELUTQ_FLAT { k[i] = load_kv<type>(keys + i * kLanes * kKvBytes<type>); });
+      prefetch<kAttentionRuns * kLanes * kKvBytes<type>>(keys + ahead);
       unroll<rows>([&](auto r) ELUTQ_FLAT {
         const Floats v = splat(q[r][d]);
         unroll<kAttentionRuns>([&](auto i) ELUTQ_FLAT { sums[r][i] = fma(v, k[i], sums[r][i]); });
@@ -111,14 +120,15 @@ ELUTQ_INLINE void softmax_weights(float* scores, int64_t count, float& most, flo
 
 /// sums[r] += weights[r][j] * values[j] for `rows` rows, `runs` vectors of columns and j in the range.
 template <KvType type, int rows, int runs>
-void weigh_columns(const uint8_t* values, int64_t row_bytes, Range range, const float* weights, float* sums,
-                   int64_t sums_stride) {
+void weigh_columns(const uint8_t* values, int64_t row_bytes, int64_t ahead, Range range, const float* weights,
+                   float* sums, int64_t sums_stride) {
   Floats totals[rows][runs];
   unroll<rows>([&](auto r) ELUTQ_FLAT {
     unroll<runs>([&](auto i) ELUTQ_FLAT { totals[r][i] = load(sums + r * sums_stride + i * kLanes); });
   });
   for (int64_t j = range.begin; j < range.end; ++j) {
     Floats v[runs];
+    prefetch<runs * kLanes * kKvBytes<type>>(values + j * row_bytes + ahead);
     unroll<runs>([&](auto i)
                      ELUTQ_FLAT { v[i] = load_kv<type>(values + j * row_bytes + i * kLanes * kKvBytes<type>); });
     unroll<rows>([&](auto r) ELUTQ_FLAT {
@@ -132,16 +142,17 @@ void weigh_columns(const uint8_t* values, int64_t row_bytes, Range range, const 
 }
 
 template <KvType type, int rows>
-void weigh_range(const KvLayout& layout, const uint8_t* page, Range range, const float* weights, float* sums) {
+void weigh_range(const KvLayout& layout, const uint8_t* page, int64_t ahead, Range range, const float* weights,
+                 float* sums) {
   const int64_t columns = layout.value_columns();
   const uint8_t* values = page + layout.values_offset();
   int64_t c = 0;
   for (; c + kAttentionRuns * kLanes <= columns; c += kAttentionRuns * kLanes) {
-    weigh_columns<type, rows, kAttentionRuns>(values + c * kKvBytes<type>, columns * kKvBytes<type>, range, weights,
-                                              sums + c, partial_floats(layout));
+    weigh_columns<type, rows, kAttentionRuns>(values + c * kKvBytes<type>, columns * kKvBytes<type>, ahead, range,
+                                              weights, sums + c, partial_floats(layout));
   }
   for (; c < columns; c += kLanes) {
-    weigh_columns<type, rows, 1>(values + c * kKvBytes<type>, columns * kKvBytes<type>, range, weights, sums + c,
+    weigh_columns<type, rows, 1>(values + c * kKvBytes<type>, columns * kKvBytes<type>, ahead, range, weights, sums + c,
                                  partial_floats(layout));
   }
 }
@@ -149,7 +160,8 @@ void weigh_range(const KvLayout& layout, const uint8_t* page, Range range, const
 /// Adds a page's values to the sums of rows from `row` on. Together they take the positions that all of them see, each
 /// by itself those before and after.
 template <KvType type, int rows>
-void weigh_page(const Section& section, int64_t row, int64_t first, const uint8_t* page, float* weights, float* sums) {
+void weigh_page(const Section& section, int64_t row, int64_t first, const uint8_t* page, int64_t ahead, float* weights,
+                float* sums) {
   const KvLayout& layout = section.tile.layout;
   const auto visible = [&](int64_t r) ELUTQ_FLAT {
     const Range range = section.visible(row + r).within({first, first + kPagePositions});
@@ -170,10 +182,10 @@ void weigh_page(const Section& section, int64_t row, int64_t first, const uint8_
   const auto alone = [&](int r, Range range) ELUTQ_FLAT {
     range = range.within(visible(r));
     if (range.empty()) return;
-    weigh_range<type, 1>(layout, page, range, weights + r * kScoreStride, sums + r * partial_floats(layout));
+    weigh_range<type, 1>(layout, page, ahead, range, weights + r * kScoreStride, sums + r * partial_floats(layout));
   };
   for (int r = 0; r < rows; ++r) alone(r, {0, common.begin});
-  if (!common.empty()) weigh_range<type, rows>(layout, page, common, weights, sums);
+  if (!common.empty()) weigh_range<type, rows>(layout, page, ahead, common, weights, sums);
   for (int r = 0; r < rows; ++r) alone(r, {common.end, kPagePositions});
 }
 
@@ -191,8 +203,14 @@ void attend(const Section& section, float* scores, float* partials) {
       });
     }
   };
-  for_each_page([&](auto count, int64_t row, int64_t first, const uint8_t* page)
-                    ELUTQ_FLAT { score_page<type, count>(section, row, page, scores + row * kScoreStride + first); });
+  const int64_t last = section.visible(rows - 1).end;
+  // Bytes from a page to the next one, 0 at the last.
+  const auto ahead = [&](int64_t first, const uint8_t* page) {
+    return first + kPagePositions < last ? section.page(first + kPagePositions) - page : 0;
+  };
+  for_each_page([&](auto count, int64_t row, int64_t first, const uint8_t* page) ELUTQ_FLAT {
+    score_page<type, count>(section, row, page, ahead(first, page), scores + row * kScoreStride + first);
+  });
   for (int64_t row = 0; row < rows; ++row) {
     const Range range = section.visible(row);
     float* partial = partials + row * stride;
@@ -202,7 +220,8 @@ void attend(const Section& section, float* scores, float* partials) {
                     partial[stride - 1]);
   }
   for_each_page([&](auto count, int64_t row, int64_t first, const uint8_t* page) ELUTQ_FLAT {
-    weigh_page<type, count>(section, row, first, page, scores + row * kScoreStride + first, partials + row * stride);
+    weigh_page<type, count>(section, row, first, page, ahead(first, page), scores + row * kScoreStride + first,
+                            partials + row * stride);
   });
 }
 
@@ -279,9 +298,8 @@ void store_typed(const KvLayout& layout, const float* key, const float* value, i
     std::memcpy(page + (c * kPagePositions + slot) * kSize, element, kSize);
   });
   uint8_t* row = page + layout.values_offset() + slot * layout.value_columns() * kSize;
-  convert_kv<type>(value, layout.head_dim, scales + kPagePositions, [&](int64_t c, const uint8_t* element) ELUTQ_FLAT {
-    std::memcpy(row + c * kSize, element, kSize);
-  });
+  convert_kv<type>(value, layout.head_dim, scales + kPagePositions,
+                   [&](int64_t c, const uint8_t* element) ELUTQ_FLAT { std::memcpy(row + c * kSize, element, kSize); });
 }
 
 void store_kv(const KvLayout& layout, const float* key, const float* value, int64_t slot, uint8_t* page) {
