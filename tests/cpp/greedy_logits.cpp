@@ -1,5 +1,6 @@
-// greedy_logits MODEL ISA COUNT PROMPT_TOKEN...: reads a model that tests/e2e/emulated.py dumped, decodes COUNT tokens
-// greedily and writes the logits of each, fp32 [COUNT][vocab_size], to standard output.
+// greedy_logits MODEL ISA fp16|int8 COUNT PROMPT_TOKEN...: reads a model that tests/e2e/emulated.py dumped, decodes
+// COUNT tokens greedily with a cache of that type and writes the logits of each, fp32 [COUNT][vocab_size], to standard
+// output.
 
 #include <algorithm>
 #include <array>
@@ -11,6 +12,7 @@
 #include <iterator>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -96,9 +98,9 @@ void read_weights(Dump& dump, Weights& weights) {
   }
 }
 
-void run(const char* path, const char* isa, int count, std::vector<int32_t> tokens) {
+void run(const char* path, const char* isa, KvType kv_type, int count, std::vector<int32_t> tokens) {
   Dump dump(path);
-  Engine engine(read_config(dump), isa, 1, false);
+  Engine engine(read_config(dump), isa, 1, false, kv_type);
   read_weights(dump, engine.weights());
   const auto sequence = engine.new_sequence(engine.config().max_position_embeddings);
   std::vector<float> logits(engine.config().vocab_size);
@@ -112,15 +114,16 @@ void run(const char* path, const char* isa, int count, std::vector<int32_t> toke
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 5) {
-    std::fputs("greedy_logits MODEL ISA COUNT PROMPT_TOKEN...\n", stderr);
+  if (argc < 6) {
+    std::fputs("greedy_logits MODEL ISA fp16|int8 COUNT PROMPT_TOKEN...\n", stderr);
     return 2;
   }
   try {
     std::vector<int32_t> prompt;
-    std::transform(argv + 4, argv + argc, std::back_inserter(prompt),
+    std::transform(argv + 5, argv + argc, std::back_inserter(prompt),
                    [](const char* token) { return std::atoi(token); });
-    run(argv[1], argv[2], std::atoi(argv[3]), std::move(prompt));
+    const KvType kv_type = std::string_view(argv[3]) == "int8" ? KvType::kInt8 : KvType::kFloat16;
+    run(argv[1], argv[2], kv_type, std::atoi(argv[4]), std::move(prompt));
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;

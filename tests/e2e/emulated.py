@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from elutq.architectures import vectors
 from elutq.checkpoint import Checkpoint
 from elutq.models import bundled_model
 from elutq.quantize import quantize
+from elutq.runtime import KvCacheType, LanguageModel
 
 ISAS = ("neon", "scalar")
 PROMPT = "Once upon a time, in a small house near the forest, there lived a little girl who"
@@ -32,28 +33,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         folder, dump = Path(work) / "model", Path(work) / "dump"
         quantize(bundled_model(), folder, bits=2)
-        model = load(folder)
-        prompt = model.tokenizer.encode(PROMPT)
-        sequence, logits, step = model.new_sequence(), [], prompt
-        for _ in range(NEW_TOKENS):
-            logits.append(model.step([(sequence, step)])[0])
-            step = [int(logits[-1].argmax())]
-        tokens = [int(row.argmax()) for row in logits]
-        print(f"{model.isa}: {model.tokenizer.decode(tokens)}")
-
         with Checkpoint.open(folder) as checkpoint, dump.open("wb") as file:
             write_dump(checkpoint, file)
-        for isa in ISAS:
-            command = [*sys.argv[1:], str(dump), isa, str(NEW_TOKENS), *map(str, prompt)]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
-            other = np.frombuffer(output, "<f4").reshape(NEW_TOKENS, -1)
-            if other.argmax(axis=1).tolist() != tokens:
-                raise SystemExit(
-                    f"{isa}: other tokens: {model.tokenizer.decode(other.argmax(axis=1).tolist())}"
-                )
-            if other.tobytes() != np.stack(logits).tobytes():
-                raise SystemExit(f"{isa}: the same tokens, but other logits")
-            print(f"{isa}: the same {NEW_TOKENS} tokens, the same bits in all {other.size} logits")
+        for kv_cache in get_args(KvCacheType):
+            with load(folder, kv_cache=kv_cache) as model:
+                compare(model, kv_cache, dump)
+
+
+def compare(model: LanguageModel, kv_cache: str, dump: Path) -> None:
+    """Generate here and there."""
+    prompt = model.tokenizer.encode(PROMPT)
+    sequence, logits, step = model.new_sequence(), [], prompt
+    for _ in range(NEW_TOKENS):
+        logits.append(model.step([(sequence, step)])[0])
+        step = [int(logits[-1].argmax())]
+    tokens = [int(row.argmax()) for row in logits]
+    print(f"{model.isa}, {kv_cache} cache: {model.tokenizer.decode(tokens)}")
+    for isa in ISAS:
+        command = [*sys.argv[1:], str(dump), isa, kv_cache, str(NEW_TOKENS), *map(str, prompt)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+        other = np.frombuffer(output, "<f4").reshape(NEW_TOKENS, -1)
+        if (theirs := other.argmax(axis=1).tolist()) != tokens:
+            raise SystemExit(f"{isa}: other tokens: {model.tokenizer.decode(theirs)}")
+        if other.tobytes() != np.stack(logits).tobytes():
+            raise SystemExit(f"{isa}: the same tokens, but other logits")
+        print(f"{isa}: the same {NEW_TOKENS} tokens, the same bits in all {other.size} logits")
 
 
 def write_dump(checkpoint: Checkpoint, file: BinaryIO) -> None:
