@@ -21,20 +21,20 @@ from elutq import __version__, hlq
 from elutq.architectures import EMBEDDING, HEAD, EngineConfig
 from elutq.checkpoint import (
     DEFAULT_SHARD_BYTES,
-    HUB_ID,
     Checkpoint,
     CheckpointWriter,
     Part,
     model_parts,
     side_files,
 )
-from elutq.errors import InvalidArgumentError, TensorValueError
+from elutq.errors import InvalidArgumentError, TensorValueError, TokenizerError
 from elutq.importance import input_importance
+from elutq.model_card import CARD_FILE, model_card
 from elutq.report import ModelSummary, SquaredError, summarize
 from elutq.scheme import FORMAT_VERSION, MAX_BITS, OUTER_SCHEME, ModelScheme, QuantScheme
+from elutq.tokenizer import Tokenizer
 
 REPORT_FILE = "quantization_report.json"
-CARD_FILE = "README.md"
 
 #: `embedding_bits` and `lm_head_bits` that leave the matrix as it is.
 KEEP_BITS = 16
@@ -167,7 +167,13 @@ def quantize(
                 weights_per_second=weights / seconds,
                 summary=summarize(parts, found, errors),
             )
-            card = _model_card(report)
+            card = model_card(
+                os.fspath(source),
+                checkpoint.path,
+                report.settings,
+                report.summary,
+                chat=_has_chat_template(checkpoint.path),
+            )
             texts = {REPORT_FILE: report.to_json(), CARD_FILE: card}
             writer.finish(config, side_files(checkpoint.path), texts)
     return report
@@ -315,37 +321,8 @@ def _fingerprint(checkpoint: Checkpoint, scheme: ModelScheme, method: str, impor
     )
 
 
-def _model_card(report: QuantizationReport) -> str:
-    """README.md of the new folder, with Hugging Face's front matter. The same for every run."""
-    is_hub_id = HUB_ID.fullmatch(report.source) and not Path(report.source).exists()
-    name = report.source if is_hub_id else Path(report.source).resolve().name
-    settings, summary = report.settings, report.summary
-    front_matter = [
-        *([f"base_model: {name}", "base_model_relation: quantized"] if is_hub_id else []),
-        "library_name: elutq",
-        "pipeline_tag: text-generation",
-        "tags:",
-        "- hlq",
-        f"- {settings['bits']}-bit",
-    ]
-    group = "whole rows" if settings["group_size"] == -1 else f"groups of {settings['group_size']} columns"
-    text = [
-        f"# {name}, {settings['bits']}-bit HLQ",
-        "",
-        f"{name} quantized to {settings['bits']} bits in {group}, method `{settings['method']}`: "
-        f"{summary.linear_bits_per_weight:.3f} bits per weight in the decoder blocks, "
-        f"{summary.bits_per_weight:.3f} over the whole model of {summary.params:,} weights. "
-        "The original model's license applies. Run it with elutq:",
-        "",
-        "    elutq generate FOLDER -p 'Once upon a time'",
-        "",
-        "| tensors | bits | bits per weight | MB | relative squared error |",
-        "|---|---|---|---|---|",
-    ]
-    for kind in summary.kinds:
-        bits = "/".join(map(str, kind.bits))
-        error = "" if kind.relative_error is None else f"{kind.relative_error:.5f}"
-        text.append(
-            f"| {kind.kind} | {bits} | {kind.bits_per_weight:.3f} | {kind.nbytes / 1e6:.1f} | {error} |"
-        )
-    return "\n".join(["---", *front_matter, "---", "", *text, ""])
+def _has_chat_template(folder: Path) -> bool:
+    try:
+        return Tokenizer.from_folder(folder).has_chat_template
+    except TokenizerError:  # models without a tokenizer may be quantized, too
+        return False

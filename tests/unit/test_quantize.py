@@ -252,14 +252,6 @@ def test_report(tmp_path: Path, make_folder: Make) -> None:
     assert describe(source)["bits_per_weight"] == 16
 
 
-def test_model_card(tmp_path: Path, make_folder: Make) -> None:
-    quantize(make_folder(tmp_path / "tiny"), tmp_path / "out", bits=2)
-    card = (tmp_path / "out/README.md").read_text()
-    assert card.startswith("---\nlibrary_name: elutq\n")
-    assert "# tiny, 2-bit HLQ" in card
-    assert "base_model" not in card
-
-
 def test_progress_counts_every_weight(tmp_path: Path, make_folder: Make) -> None:
     calls: list[tuple[int, int, str]] = []
     report = quantize(

@@ -15,6 +15,7 @@ CONFIG_FILE = "config.json"
 _GENERATION_CONFIG_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_CARD_FILE = "README.md"
 _TORCH_FILE = "pytorch_model.bin"
 _TORCH_INDEX_FILE = "pytorch_model.bin.index.json"
 
@@ -49,7 +50,9 @@ def _download(hub_id: str) -> Path:
 
     def fetch(*weights: str) -> Path:
         return Path(
-            snapshot_download(hub_id, allow_patterns=[*SIDE_FILES, *weights], ignore_patterns=["*/*"])
+            snapshot_download(
+                hub_id, allow_patterns=[*SIDE_FILES, _CARD_FILE, *weights], ignore_patterns=["*/*"]
+            )
         )
 
     try:
