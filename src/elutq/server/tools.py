@@ -44,7 +44,7 @@ class HermesParser:
         self._names = names
         self._text = ""  # held back
         self._inside = False  # whether it follows an opening tag
-        self._called = False
+        self._after_call = False
 
     def push(self, text: str) -> list[str | ToolCall]:
         """See :class:`ToolParser`."""
@@ -69,12 +69,14 @@ class HermesParser:
         return [_OPEN + rest] if self._inside else self._words(rest)
 
     def _words(self, text: str) -> list[str | ToolCall]:
-        # Lines between calls are part of the format.
-        return [] if not text or (self._called and not text.strip()) else [text]
+        if self._after_call:
+            text = text.lstrip()  # lines between calls are part of the format
+        self._after_call &= not text
+        return [text] if text else []
 
     def _call(self, text: str) -> list[str | ToolCall]:
         call = _parse_call(text, self._names, "arguments")
-        self._called |= call is not None
+        self._after_call = call is not None
         return [call or _OPEN + text + _CLOSE]
 
 
