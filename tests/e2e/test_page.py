@@ -326,8 +326,8 @@ def test_no_source_turns_text_into_html_or_names_another_site() -> None:
 
 @pytest.fixture
 def served() -> Iterator[str]:
-    """The address of `elutq serve`: the bundled model, which cannot chat, slow enough to be stopped."""
-    options = ("--port", "0", "--api-key", "secret", "--threads", "1", "--isa", "scalar")
+    """The address of `elutq serve`, with the bundled model, which cannot chat."""
+    options = ("--port", "0", "--api-key", "secret", "--threads", "1")
     command = [sys.executable, "-m", "elutq", "serve", str(bundled_model()), *options]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
@@ -349,6 +349,11 @@ def test_the_real_server(new_page: Callable[[str], Any], served: str) -> None:
     page.get_by_label("Temperature").fill("0")
     page.get_by_label("Longest answer").fill("500")
     page.get_by_role("button", name="Done").click()
+
+    # At 4,000 bytes a second the story takes some seconds: enough to see it grow and to stop it.
+    line = page.context.new_cdp_session(page)
+    speed = {"offline": False, "latency": 0, "downloadThroughput": 4000, "uploadThroughput": -1}
+    line.send("Network.emulateNetworkConditions", speed)
     page.get_by_role("button", name="Once upon a time").click()
     written = page.locator(".text .assistant")
     expect(written).to_contain_text(re.compile(r"\w+ \w+"))
@@ -356,6 +361,7 @@ def test_the_real_server(new_page: Callable[[str], Any], served: str) -> None:
     expect(written).to_contain_text(re.compile(f".{{{grown + 20},}}", re.DOTALL))
     page.keyboard.press("Escape")
     expect_text(page.locator(".note"), "Stopped.")
+    line.detach()
     story = page.locator(".text").text_content()
     page.reload()
     expect_text(page.locator(".text"), story)
