@@ -17,6 +17,7 @@ expect = pytest.importorskip("playwright.sync_api", reason="needs playwright: pi
 
 
 def send(page: Any, text: str) -> None:
+    expect(page.locator("#send")).to_be_enabled()
     page.locator("#input").fill(text)
     page.keyboard.press("Enter")
 
@@ -195,6 +196,22 @@ def test_a_model_without_a_chat_template_continues_text(page: Any, server: Any) 
     page.locator(".editor textarea").fill("A")
     page.get_by_role("button", name="Continue").click()
     expect_text(page.locator(".text"), "A dog.")
+
+
+def test_a_chat_does_not_go_on_with_a_model_that_cannot_chat(page: Any, server: Any) -> None:
+    server.say("Hello")
+    page.goto("/")
+    send(page, "Hi")
+    expect_text(answer(page).locator(".prose"), "Hello")
+    expect_done(page)
+    server.chat = False
+    page.reload()
+    send(page, "And now?")
+    expect(page.locator("#notice")).to_contain_text("can only continue a text")
+    page.get_by_role("button", name="New conversation").last.click()
+    server.say(" more")
+    send(page, "Once")
+    expect_text(page.locator(".text"), "Once more")
 
 
 def test_errors_say_what_to_do(page: Any, server: Any) -> None:

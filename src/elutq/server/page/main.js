@@ -40,6 +40,7 @@ function draw() {
   messages.classList.toggle("empty", empty);
   thread.setAttribute("aria-busy", busy);
   get("#send").hidden = busy;
+  get("#send").disabled = !model.name;
   get("#stop").hidden = !busy;
   input.placeholder = current.mode === "chat" ? "Message" : empty ? "Begin a text" : "Add to the text, or just continue";
   get("#send").title = current.mode === "chat" ? "Send (Enter)" : "Continue the text (Enter)";
@@ -122,7 +123,7 @@ function startNew() {
 
 /** Sends what the reader wrote; in a text, nothing means "go on". */
 function send(text) {
-  if (answering.has(current.id)) return;
+  if (answering.has(current.id) || !model.name) return;
   const last = current.messages.at(-1);
   if (current.mode === "text") {
     // Words that follow the model's words need a space between.
@@ -153,6 +154,12 @@ function requestFor(conversation) {
 
 async function answer(conversation) {
   clearNotice();
+  if (conversation.mode === "chat" && !model.chat) {
+    draw();
+    const error = new ServerError("new", `${model.name} has no chat template: it can only continue a text.`);
+    showNotice(error, { startNew });
+    return;
+  }
   const body = requestFor(conversation);
   const message = { role: "assistant", content: "", tokens: 0, seconds: 0 };
   const controller = new AbortController();
