@@ -198,6 +198,23 @@ def test_a_model_without_a_chat_template_continues_text(page: Any, server: Any) 
     expect_text(page.locator(".text"), "A dog.")
 
 
+def test_reasoning_is_folded_and_not_sent_again(page: Any, server: Any) -> None:
+    gate = threading.Event()
+    server.say("<thi", "nk>\nHm, <b>hm</b>.\n", "</think>\n\n**Yes.**", gate=gate)
+    page.goto("/")
+    send(page, "Is it?")
+    expect_text(page.locator(".thought summary"), "Reasoning")
+    gate.set()
+    expect_text(answer(page).locator(".prose"), "Yes.")
+    page.locator(".thought summary").click()
+    expect_text(page.locator(".thought div"), "Hm, <b>hm</b>.")
+    expect_done(page)
+    server.say("Sure.")
+    send(page, "Sure?")
+    expect_text(answer(page).locator(".prose"), "Sure.")
+    assert [message["content"].strip() for message in server.asked[1][1]["messages"]][1] == "**Yes.**"
+
+
 def test_a_chat_does_not_go_on_with_a_model_that_cannot_chat(page: Any, server: Any) -> None:
     server.say("Hello")
     page.goto("/")

@@ -133,6 +133,7 @@ function send(text) {
   else return;
   if (current.messages.length === 0) return;
   input.value = "";
+  input.dispatchEvent(new Event("input"));
   current.title ||= titleOf(text);
   answer(current);
 }
@@ -280,6 +281,12 @@ get("#composer").addEventListener("submit", (event) => {
 input.addEventListener("keydown", (event) => {
   if (isSubmit(event)) get("#composer").requestSubmit();
 });
+if (!CSS.supports("field-sizing", "content")) {
+  input.addEventListener("input", () => {
+    input.style.height = "auto";
+    input.style.height = `${input.scrollHeight}px`;
+  });
+}
 get("#stop").addEventListener("click", () => {
   answering.get(current.id)?.abort();
   focusInput();
