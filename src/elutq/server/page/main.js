@@ -1,7 +1,7 @@
 // The page's one state, the conversation on show and the answers being written, and what the reader can do to it.
 
 import { fetchModel, ServerError, streamAnswer } from "./api.js";
-import { el, hasKeyboard, isSubmit } from "./dom.js";
+import { counted, el, hasKeyboard, isSubmit } from "./dom.js";
 import { copied, MessageView, splitThought, TextView } from "./messages.js";
 import { clearNotice, showMessage, showNotice } from "./notices.js";
 import { openSettings } from "./settings.js";
@@ -42,7 +42,8 @@ function draw() {
   get("#send").hidden = busy;
   get("#send").disabled = !model.name;
   get("#stop").hidden = !busy;
-  input.placeholder = current.mode === "chat" ? "Message" : empty ? "Begin a text" : "Add to the text, or just continue";
+  const toText = empty ? "Begin a text" : "Add to the text, or just continue";
+  input.placeholder = current.mode === "chat" ? "Message" : toText;
   get("#send").title = current.mode === "chat" ? "Send (Enter)" : "Continue the text (Enter)";
   get("#hint").textContent = current.mode === "chat" ? "Answers can be wrong. Check what matters." :
     "This model has no chat template: it continues your text.";
@@ -209,7 +210,7 @@ async function answer(conversation) {
   answering.delete(conversation.id);
   if (!message.content) conversation.messages.splice(conversation.messages.indexOf(message), 1);
   if (conversations.includes(conversation)) save(conversation);
-  announce(failure ? "" : `Answer finished, ${message.tokens} tokens`);
+  announce(failure ? "" : `Answer finished, ${counted(message.tokens, "token")}`);
   if (current.id !== conversation.id) return;
   const follow = atEnd();
   if (message.content) viewsOf(conversation).at(-1).grow();
@@ -319,7 +320,7 @@ get("#import-file").addEventListener("change", async ({ target }) => {
     const count = store.importConversations(await target.files[0].text());
     conversations = store.loadConversations();
     open(conversations[0]);
-    showMessage(`Imported ${count} conversation${count === 1 ? "" : "s"}.`);
+    showMessage(`Imported ${counted(count, "conversation")}.`);
   } catch (error) {
     showMessage(error.message);
   }
