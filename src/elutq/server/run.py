@@ -13,6 +13,8 @@ from elutq.server.app import create_app
 from elutq.server.service import Service
 
 _log = logging.getLogger(__name__)
+#: Connections that may wait to be accepted.
+_BACKLOG = 2048
 #: For responses to be sent after their generations ended.
 _FLUSH_SECONDS = 5
 
@@ -64,7 +66,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to an address.
+    """A socket that takes connections at an address.
 
     Raises:
         InvalidArgumentError: the address cannot be used.
@@ -76,6 +78,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(_BACKLOG)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InvalidArgumentError(
