@@ -5,6 +5,7 @@ import logging
 import socket
 import time
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -75,13 +76,18 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind, protocol)
+        return _bound(socket.socket(family, kind, protocol), address)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InvalidArgumentError(f"cannot listen on {host}:{port}: {reason}; choose another") from None
+
+
+def _bound(listener: socket.socket, address: Any) -> socket.socket:
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(_BACKLOG)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InvalidArgumentError(
-            f"cannot listen on {host}:{port}: {reason}; choose another --port"
-        ) from None
+    except OSError:
+        listener.close()
+        raise
     return listener
