@@ -9,12 +9,13 @@ class PrefillPace:
     contexts grow or the machine slows down.
     """
 
-    _FEWEST, _MOST = 4, 512
+    FEWEST = 4  # a prompt gets so many even where steps take too long already, or it would never be done
+    _MOST = 512
 
     def __init__(self, seconds: float) -> None:
         """Aim at steps of `seconds`, from below."""
         self._seconds = seconds
-        self._size = float(self._FEWEST)
+        self._size = float(self.FEWEST)
 
     @property
     def tokens(self) -> int:
@@ -27,4 +28,4 @@ class PrefillPace:
             return
         size = tokens if tokens < self.tokens else max(self._size, tokens)
         ratio = min(2.0, max(0.25, self._seconds / seconds))
-        self._size = min(float(self._MOST), max(float(self._FEWEST), size * ratio))
+        self._size = min(float(self._MOST), max(float(self.FEWEST), size * ratio))

@@ -301,7 +301,7 @@ class Scheduler:
         generating = [r for r in self._running if r.generating is not None]
         batch = [(r, r.generation.tokens[-1:]) for r in generating]
         pace = self._shared_pace if generating else self._lone_pace
-        room = max(pace.tokens - len(batch), 1)
+        room = max(pace.tokens - len(batch), pace.FEWEST)
         prompts: list[NDArray[np.int32]] = []
         for request in self._running:
             if request.generating is not None or room == 0:
