@@ -63,12 +63,12 @@ struct Tokens {
   std::vector<TableView> tables;
 
   Tokens(const KernelTable& kernels, const HlqShape& shape, int64_t count)
-      : entries(static_cast<size_t>(count * shape.slots() * 16)),
+      : entries(static_cast<size_t>(count * shape.table_stride())),
         values(static_cast<size_t>(2 * count * shape.segments())) {
     const std::vector<float> x = random_floats(shape.in_features);
     for (int64_t t = 0; t < count; ++t) {
       float* segments = values.data() + 2 * t * shape.segments();
-      tables.push_back({entries.data() + t * shape.slots() * 16, segments, segments + shape.segments()});
+      tables.push_back({entries.data() + t * shape.table_stride(), segments, segments + shape.segments()});
       kernels.build_tables(x.data(), shape.in_features, shape.segment_size(), tables.back());
     }
   }

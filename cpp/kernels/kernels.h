@@ -19,10 +19,12 @@
 ///     entry[slot][i] = (±x[4*slot] ±x[4*slot+1] ±x[4*slot+2] ±x[4*slot+3]) / 2     + where bit j of i is set
 ///
 /// They are computed once per token, added as (±x0 ±x1) + (±x2 ±x3), rounded to int8 under one scale per SEGMENT, and
-/// every row then looks its own four bits up. A segment is `segment_size` consecutive columns: a whole group, or 128
-/// columns of a longer group, the last one possibly shorter. Integers add exactly, so the sum of a segment is the same
-/// on every instruction set, bit for bit; and the floating-point steps that follow are fixed, fused multiply-adds
-/// included:
+/// every row then looks its own four bits up. Slots come in PAIRS, slot j of a block of 32 columns with slot j + 4; the
+/// scale is such that the sum of a pair is an int8 number too, so kernels add a pair as bytes, modulo 256, and widen
+/// once for both. It costs little: where one slot is large, its partner hardly ever is. A segment is `segment_size`
+/// consecutive columns: a whole group, or 128 columns of a longer group, the last one possibly shorter. Integers add
+/// exactly, so the sum of a segment is the same on every instruction set, bit for bit; and the floating-point steps
+/// that follow are fixed, fused multiply-adds included:
 ///
 ///     for each segment, in order, with g its group:
 ///       u   = scale[0] * float(isum[0]);  for p = 1 .. bits-1:  u   = fma(scale[p], float(isum[p]), u)
@@ -48,6 +50,8 @@ inline constexpr int64_t kColumnPadding = 32;
 /// Most columns that share one table scale.
 inline constexpr int64_t kMaxSegment = 128;
 inline constexpr int kMaxBits = 4;
+/// Most that the entries of a pair of slots add up to before they are rounded: 127 after.
+inline constexpr float kLargestPair = 126.0f;
 
 /// Dimensions of an HLQ matrix. group_size is in columns: a multiple of 32, or in_features for a whole-row group.
 /// The members are always inlined because objects of every instruction set use them: an out-of-line copy that the
@@ -65,6 +69,10 @@ struct HlqShape {
     return (in_features + kColumnPadding - 1) / kColumnPadding * kColumnPadding;
   }
   [[gnu::always_inline]] int64_t slots() const { return padded_in() / kSlotColumns; }
+  [[gnu::always_inline]] int64_t table_bytes() const { return slots() * 16; }
+  /// From one token's tables to the next's, where a caller lays out many: 512 bytes off a multiple of 4096, lest the
+  /// tables that a kernel reads together share the few places a first-level cache has for one such distance.
+  [[gnu::always_inline]] int64_t table_stride() const { return (table_bytes() + 4095 - 512) / 4096 * 4096 + 512; }
 };
 
 /// An HLQ matrix as it lies on disk (docs/format.md).
@@ -78,9 +86,12 @@ struct HlqView {
 /// Lookup tables of one token for matrices of one in_features and segment_size; the same on every instruction set.
 /// Memory is owned by the caller; entries must be aligned to 64 bytes.
 struct TableView {
-  uint8_t* entries = nullptr;  ///< [slots][16]: 128 + round(entry * (127 / largest)), half to even, in 1..255
-  float* scales = nullptr;     ///< [segments]: largest / 127 with largest = max |entry|; 0 when that is below 2^-100
-  float* sums = nullptr;       ///< [segments]: sum of the segment's activations
+  uint8_t* entries =
+      nullptr;  ///< [table_bytes], [slots][16]: 64 + round(entry * (kLargestPair / largest)), half to even, modulo 256
+  /// [segments]: largest / kLargestPair, largest = the most that max |entry| of a pair's slots add up to; 0 when that
+  /// is below 2^-100
+  float* scales = nullptr;
+  float* sums = nullptr;  ///< [segments]: sum of the segment's activations
 };
 
 enum class DenseType { kFloat32, kFloat16, kBFloat16 };

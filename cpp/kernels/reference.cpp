@@ -71,19 +71,24 @@ void build_tables(const float* x, int64_t in_features, int64_t segment_size, Tab
     const int64_t end = std::min(begin + segment_size, in_features);
     // The last segment covers the padding too, whose entries are all zero.
     const int64_t slot_end = segment + 1 == shape.segments() ? shape.slots() : end / kSlotColumns;
-    float largest = 0.0f;
-    for (int64_t slot = begin / kSlotColumns; slot < slot_end; ++slot) {
+    const auto largest_entry = [&](int64_t slot) {
+      float largest = 0.0f;
       for (int pattern = 0; pattern < 16; ++pattern) largest = std::max(largest, std::fabs(entry(slot, pattern)));
+      return largest;
+    };
+    float largest = 0.0f;  // sum of the two slots of a pair
+    for (int64_t slot = begin / kSlotColumns; slot < slot_end; ++slot) {
+      if (slot % 8 < 4) largest = std::max(largest, largest_entry(slot) + largest_entry(slot + 4));
     }
     const bool negligible = largest < 0x1p-100f;
-    const float inverse = negligible ? 0.0f : 127.0f / largest;
-    tables.scales[segment] = negligible ? 0.0f : largest / 127.0f;
+    const float inverse = negligible ? 0.0f : kLargestPair / largest;
+    tables.scales[segment] = negligible ? 0.0f : largest / kLargestPair;
     tables.sums[segment] = sum(x + begin, end - begin);
     for (int64_t slot = begin / kSlotColumns; slot < slot_end; ++slot) {
       for (int pattern = 0; pattern < 16; ++pattern) {
         // One rounding: the product of two floats is exact in double.
         const double scaled = static_cast<double>(entry(slot, pattern)) * static_cast<double>(inverse);
-        tables.entries[slot * 16 + pattern] = static_cast<uint8_t>(128 + static_cast<int>(std::nearbyint(scaled)));
+        tables.entries[slot * 16 + pattern] = static_cast<uint8_t>(64 + static_cast<int>(std::nearbyint(scaled)));
       }
     }
   }
@@ -99,7 +104,7 @@ int32_t segment_sum(const HlqView& matrix, const TableView& tables, int plane, i
     for (int64_t column = first; column < std::min(first + kSlotColumns, end); ++column) {
       pattern |= bit(matrix, plane, row, column) << (column - first);
     }
-    total += tables.entries[first / kSlotColumns * 16 + pattern] - 128;
+    total += static_cast<int8_t>(tables.entries[first / kSlotColumns * 16 + pattern] - 64);
   }
   return total;
 }

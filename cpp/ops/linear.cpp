@@ -33,15 +33,15 @@ void Activations::reserve_tables(const Linear& consumer) {
                                 " input features cannot read activations of " + std::to_string(features_));
   }
   if (!consumer.is_hlq() || tables(consumer.shape_.segment_size()) != nullptr) return;
-  const int64_t slots = consumer.shape_.slots();
+  const int64_t stride = consumer.shape_.table_stride();
   const int64_t segments = consumer.shape_.segments();
   Tables& added = tables_.emplace_back();
   added.segment_size = consumer.shape_.segment_size();
-  added.entries = AlignedBuffer<uint8_t>(max_tokens_ * slots * 16);
+  added.entries = AlignedBuffer<uint8_t>(max_tokens_ * stride);
   added.scales = AlignedBuffer<float>(max_tokens_ * segments);
   added.sums = AlignedBuffer<float>(max_tokens_ * segments);
   for (int64_t token = 0; token < max_tokens_; ++token) {
-    added.views.push_back({added.entries.data() + token * slots * 16, added.scales.data() + token * segments,
+    added.views.push_back({added.entries.data() + token * stride, added.scales.data() + token * segments,
                            added.sums.data() + token * segments});
   }
 }

@@ -32,7 +32,7 @@ class Activations {
  private:
   struct Tables {
     int64_t segment_size;
-    AlignedBuffer<uint8_t> entries;  // [max_tokens][slots][16]
+    AlignedBuffer<uint8_t> entries;  // [max_tokens][table_stride]
     AlignedBuffer<float> scales;     // [max_tokens][segments]
     AlignedBuffer<float> sums;       // [max_tokens][segments]
     std::vector<TableView> views;    // [max_tokens]

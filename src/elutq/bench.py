@@ -25,14 +25,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Medians over the repeats. Tokens per second are of all sequences together; GB are 1e9 bytes.
+    """Medians over the repeats. Tokens per second are of one sequence; GB are 1e9 bytes.
 
     Attributes:
         prefill_tok_s: prompt tokens per second, given all at once.
-        decode_tok_s: tokens per second after the prompt, one at a time for each sequence.
+        decode_tok_s: tokens per second after the prompt, one at a time.
         read_bandwidth_gb_s: what the same threads read from memory, measured in turn with the repeats.
-        decode_bytes_per_token: what a token must read at the mean context of the run: its cache, and a share
-            of the weights, which the sequences read once.
+        decode_bytes_per_token: what a token must read, weights and cache, at the mean context of the run.
         decode_roofline_fraction: decode_bytes_per_token * decode_tok_s over the bandwidth; 1 is the limit.
         isa: kernels that ran.
         load_s: seconds to load or make the model.
@@ -43,7 +42,6 @@ class BenchResult:
         group_size: columns per group, None if they are not quantized.
         prompt: tokens of the prompt.
         gen: tokens after it.
-        batch: sequences that ran together.
         repeat: number of repeats.
         version: of this package.
         commit: of the checkout it runs from, None once installed.
@@ -63,7 +61,6 @@ class BenchResult:
     group_size: int | None
     prompt: int
     gen: int
-    batch: int
     repeat: int
     version: str
     commit: str | None
@@ -75,7 +72,6 @@ def bench(
     *,
     prompt: int = 128,
     gen: int = 64,
-    batch: int = 1,
     repeat: int = 3,
     progress: Progress | None = None,
 ) -> BenchResult:
@@ -89,7 +85,6 @@ def bench(
         scheme: how its decoder blocks are quantized, for the record; None if they are not.
         prompt: tokens of the prompt, 1 or more.
         gen: tokens to generate after it, 1 or more.
-        batch: sequences to run together, 1 or more, all of the same length.
         repeat: repeats, after a short run to warm up.
         progress: called after each repeat.
 
@@ -98,7 +93,7 @@ def bench(
     """
     from elutq.runtime import cpu_name, read_bandwidth
 
-    for name, value in (("prompt", prompt), ("gen", gen), ("batch", batch), ("repeat", repeat)):
+    for name, value in (("prompt", prompt), ("gen", gen), ("repeat", repeat)):
         if value < 1:
             raise InvalidArgumentError(f"{name} must be at least 1, not {value}")
     limit = model.config.max_position_embeddings
@@ -106,19 +101,17 @@ def bench(
         raise InvalidArgumentError(
             f"prompt and gen are {prompt + gen} tokens together, but the model's limit is {limit}"
         )
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, prompt)).tolist()
-    _time_generation(model, [sequence[:8] for sequence in ids], min(gen, 4))
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, prompt).tolist()
+    time_generation(model, ids[:8], min(gen, 4))
     prefill, decode, bandwidth = [], [], []
     for done in range(repeat):
-        prefill_seconds, decode_seconds = _time_generation(model, ids, gen)
-        prefill.append(batch * prompt / prefill_seconds)
-        decode.append(batch * gen / decode_seconds)
+        prefill_seconds, decode_seconds = time_generation(model, ids, gen)
+        prefill.append(prompt / prefill_seconds)
+        decode.append(gen / decode_seconds)
         bandwidth.append(read_bandwidth(model.threads))
         if progress is not None:
             progress(done + 1, repeat)
-    weight_bytes = model.bytes_per_token(0)
-    cache_bytes = model.bytes_per_token(prompt + gen // 2) - weight_bytes
-    bytes_per_token = weight_bytes / batch + cache_bytes
+    bytes_per_token = float(model.bytes_per_token(prompt + gen // 2))
     decode_tok_s, bandwidth_gb_s = statistics.median(decode), statistics.median(bandwidth)
     return BenchResult(
         prefill_tok_s=statistics.median(prefill),
@@ -135,7 +128,6 @@ def bench(
         group_size=None if scheme is None else scheme.group_size,
         prompt=prompt,
         gen=gen,
-        batch=batch,
         repeat=repeat,
         version=__version__,
         commit=source_commit(),
@@ -144,22 +136,12 @@ def bench(
 
 def time_generation(model: "LanguageModel", prompt: list[int], gen: int) -> tuple[float, float]:
     """Seconds for the prompt, and for `gen` greedy tokens after it; a sequence of its own."""
-    return _time_generation(model, [prompt], gen)
-
-
-def _time_generation(model: "LanguageModel", prompts: list[list[int]], gen: int) -> tuple[float, float]:
-    """The same for several sequences that run together."""
-    sequences = [model.new_sequence() for _ in prompts]
-
-    def step(tokens: list[list[int]]) -> list[list[int]]:
-        logits = model.step(list(zip(sequences, tokens, strict=True)))
-        return [[int(row.argmax())] for row in logits]
-
+    sequence = model.new_sequence()
     start = time.perf_counter()
-    tokens = step(prompts)
+    token = int(model.step([(sequence, prompt)])[0].argmax())
     middle = time.perf_counter()
     for _ in range(gen):
-        tokens = step(tokens)
+        token = int(model.step([(sequence, [token])])[0].argmax())
     return middle - start, time.perf_counter() - middle
 
 

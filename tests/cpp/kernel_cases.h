@@ -52,7 +52,7 @@ struct Tables {
   std::vector<float> sums;
 
   explicit Tables(const HlqShape& shape)
-      : entries(static_cast<size_t>(shape.slots() * 16)),
+      : entries(static_cast<size_t>(shape.table_bytes())),
         scales(static_cast<size_t>(shape.segments())),
         sums(static_cast<size_t>(shape.segments())) {}
 

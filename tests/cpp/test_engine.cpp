@@ -177,8 +177,8 @@ TEST_CASE("every machine computes the same tokens, from the same bits") {
     Engine engine(tiny_config(), isa, 2, false, KvType::kFloat16);
     fill_hlq(engine);
     const Trace rounded = greedy(engine, some_tokens(150), 24);
-    CHECK(rounded.tokens == "15 8 13 42 42 42 42 42 42 42 13 42 13 42 42 13 42 42 13 42 13 13 13 13 ");
-    CHECK(rounded.hash == 14604395091259258936ULL);
+    CHECK(rounded.tokens == "15 8 13 42 42 13 42 42 42 13 42 13 42 13 42 42 42 13 42 42 42 42 13 13 ");
+    CHECK(rounded.hash == 5207630014395030548ULL);
 
     Engine exact_engine(tiny_config(), isa, 2, true, KvType::kFloat16);
     fill_hlq(exact_engine);
@@ -189,8 +189,8 @@ TEST_CASE("every machine computes the same tokens, from the same bits") {
     Engine int8_engine(tiny_config(), isa, 2, false, KvType::kInt8);
     fill_hlq(int8_engine);
     const Trace int8 = greedy(int8_engine, some_tokens(150), 24);
-    CHECK(int8.tokens == "15 8 13 42 42 42 42 42 42 42 13 42 42 13 42 13 42 13 42 13 13 13 13 42 ");
-    CHECK(int8.hash == 6077679055993978924ULL);
+    CHECK(int8.tokens == "15 8 13 42 42 13 42 42 42 42 42 42 42 42 42 13 42 13 13 42 13 42 13 13 ");
+    CHECK(int8.hash == 7391708033964485777ULL);
   }
 }
 

@@ -15,7 +15,7 @@ VOCAB = 20
 
 
 class FakeModel:
-    """Takes 1 ms per prompt token and 10 ms per step of tokens after it, on the fake clock."""
+    """Takes 1 ms per prompt token and 10 ms per token after it, on the fake clock."""
 
     isa = "scalar"
     threads = 3
@@ -30,12 +30,11 @@ class FakeModel:
         return []
 
     def step(self, work: list) -> list:
-        for sequence, ids in work:
-            sequence.extend(ids)
-            self.lengths.append(len(sequence))
-        prompt = sum(len(ids) for _, ids in work if len(ids) > 1)
-        self.clock.now += 0.001 * prompt or 0.01
-        return [np.arange(VOCAB, dtype=np.float32) for _ in work]
+        ((sequence, ids),) = work
+        sequence.extend(ids)
+        self.lengths.append(len(sequence))
+        self.clock.now += 0.001 * len(ids) if len(ids) > 1 else 0.01
+        return [np.arange(VOCAB, dtype=np.float32)]
 
     def bytes_per_token(self, context: int) -> int:
         return 1_000_000 + 1000 * context
@@ -72,15 +71,6 @@ def test_figures(model: FakeModel) -> None:
     assert result.peak_rss_bytes <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def test_sequences_together_share_the_weights(model: FakeModel) -> None:
-    result = bench(model, QuantScheme(2, 64), prompt=40, gen=20, batch=4, repeat=3)
-    assert result.prefill_tok_s == pytest.approx(1000)
-    assert result.decode_tok_s == pytest.approx(400)
-    assert result.decode_bytes_per_token == 250_000 + 50_000
-    assert result.decode_roofline_fraction == pytest.approx(300_000 * 400 / 20e9)
-    assert result.batch == 4
-
-
 def test_an_unquantized_model_has_16_bits(model: FakeModel) -> None:
     result = bench(model, None, prompt=4, gen=2, repeat=1)
     assert (result.bits, result.group_size) == (16, None)
@@ -97,7 +87,6 @@ def test_progress(model: FakeModel) -> None:
     [
         ({"prompt": 0}, "prompt must be at least 1, not 0"),
         ({"gen": 0}, "gen must be at least 1, not 0"),
-        ({"batch": 0}, "batch must be at least 1, not 0"),
         ({"repeat": -1}, "repeat must be at least 1, not -1"),
         ({"prompt": 90, "gen": 11}, "101 tokens together, but the model's limit is 100"),
     ],

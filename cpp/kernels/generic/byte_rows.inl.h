@@ -1,17 +1,13 @@
 // Lookup for machines that look bytes up in one table of 16 per instruction (pshufb, tbl).
 //
-// A vector of kBytes bytes holds two slots of kBytes rows:
-//
-//     byte byte_of_row(r) = row r:    low nibble  = slot 2v      (columns 8v .. 8v+3)
-//                                     high nibble = slot 2v + 1  (columns 8v+4 .. 8v+7)
-//
-// so packing a block is a byte transpose of the planes on disk. Four such vectors, v = 0..3, make a block. Both nibbles
-// are looked up in the table of their slot, the same for all rows, and the found bytes are added in 16 bits: a segment
-// has at most 32 slots, so its sums less 128 per slot lie within +-32 * 128.
+// A vector of kBytes bytes holds one pair of slots of kBytes rows: byte byte_of_row(r) of vector v = 0..3 is the pair v
+// of row r, slot v in its low nibble and slot 4 + v in its high one. Both are looked up in the table of their slot, the
+// same for all rows, and added as bytes; the sums of pairs are added in 16 bits: a segment has at most 16 pairs, so its
+// sums less 128 per pair lie within +-16 * 127.
 //
 // The instruction set offers: kBytes, Bytes, load_bytes, load_table (16 bytes for every lane), low_nibbles,
-// high_nibbles, lookup; Sums, start_sums(int) (all the same), add(Sums&, Bytes), to_floats(Sums, part): of rows
-// 16 * part .. 16 * part + 15; byte_of_row.
+// high_nibbles, lookup, add_bytes (modulo 256); Sums, start_sums(int) (all the same), add(Sums&, Bytes),
+// to_floats(Sums, part): of rows 16 * part .. 16 * part + 15; byte_of_row.
 
 namespace elutq {
 namespace {
@@ -20,18 +16,18 @@ struct Lookup {
   static constexpr int kTileRows = kBytes;
   static constexpr int kStripRows = kBytes;
 
-  static void put(const uint32_t (&columns)[kStripRows], uint8_t* plane) {
+  static void put(const uint32_t (&pairs)[kStripRows], uint8_t* plane) {
     uint32_t ordered[kBytes];
-    for (int r = 0; r < kStripRows; ++r) ordered[byte_of_row(r)] = columns[r];
+    for (int r = 0; r < kStripRows; ++r) ordered[byte_of_row(r)] = pairs[r];
     for (int v = 0; v < 4; ++v) {
       for (int i = 0; i < kBytes; ++i) plane[v * kBytes + i] = static_cast<uint8_t>(ordered[i] >> 8 * v);
     }
   }
 
   static uint32_t get(const uint8_t* plane, int row) {
-    uint32_t columns = 0;
-    for (int v = 0; v < 4; ++v) columns |= static_cast<uint32_t>(plane[v * kBytes + byte_of_row(row)]) << (8 * v);
-    return columns;
+    uint32_t pairs = 0;
+    for (int v = 0; v < 4; ++v) pairs |= static_cast<uint32_t>(plane[v * kBytes + byte_of_row(row)]) << (8 * v);
+    return pairs;
   }
 
   /// Adds the entries of one block of 32 columns of one strip, for `bits` planes and `tokens` tokens.
@@ -47,11 +43,10 @@ struct Lookup {
         high[p] = high_nibbles(both);
       });
       unroll<tokens>([&](auto t) ELUTQ_FLAT {
-        const Bytes low_table = load_table(entries[t] + v * 32);
-        const Bytes high_table = load_table(entries[t] + v * 32 + 16);
+        const Bytes low_table = load_table(entries[t] + v * 16);
+        const Bytes high_table = load_table(entries[t] + 64 + v * 16);
         unroll<bits>([&](auto p) ELUTQ_FLAT {
-          add(sums[p][t], lookup(low_table, low[p]));
-          add(sums[p][t], lookup(high_table, high[p]));
+          add(sums[p][t], add_bytes(lookup(low_table, low[p]), lookup(high_table, high[p])));
         });
       });
     });

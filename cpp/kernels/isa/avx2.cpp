@@ -121,7 +121,6 @@ constexpr int kDenseRows = 2;
 constexpr int kDenseTokens = 2;
 constexpr int kAttentionRuns = 1;
 constexpr int kMostTokens[] = {0, 4, 2, 1, 1};
-constexpr int64_t kLookAhead = 256;
 
 // ---- Byte rows --------------------------------------------------------------------------------------------------
 
@@ -143,6 +142,7 @@ ELUTQ_INLINE Bytes load_table(const uint8_t* from) { return _mm256_broadcastsi12
 ELUTQ_INLINE Bytes low_nibbles(Bytes v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 ELUTQ_INLINE Bytes high_nibbles(Bytes v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
 ELUTQ_INLINE Bytes lookup(Bytes table, Bytes index) { return _mm256_shuffle_epi8(table, index); }
+ELUTQ_INLINE Bytes add_bytes(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
 ELUTQ_INLINE void add(Sums& sums, Bytes v) {
   sums.all = _mm256_add_epi16(sums.all, v);
   sums.odd = _mm256_add_epi16(sums.odd, _mm256_srli_epi16(v, 8));

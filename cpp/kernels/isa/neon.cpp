@@ -140,7 +140,6 @@ constexpr int kDenseRows = 2;
 constexpr int kDenseTokens = 2;
 constexpr int kAttentionRuns = 1;
 constexpr int kMostTokens[] = {0, 4, 4, 2, 2};
-constexpr int64_t kLookAhead = 0;
 
 // ---- Byte rows --------------------------------------------------------------------------------------------------
 
@@ -160,6 +159,7 @@ ELUTQ_INLINE Bytes load_table(const uint8_t* from) { return vld1q_u8(from); }
 ELUTQ_INLINE Bytes low_nibbles(Bytes v) { return vandq_u8(v, vdupq_n_u8(15)); }
 ELUTQ_INLINE Bytes high_nibbles(Bytes v) { return vshrq_n_u8(v, 4); }
 ELUTQ_INLINE Bytes lookup(Bytes table, Bytes index) { return vqtbl1q_u8(table, index); }
+ELUTQ_INLINE Bytes add_bytes(Bytes a, Bytes b) { return vaddq_u8(a, b); }
 ELUTQ_INLINE void add(Sums& sums, Bytes v) {
   sums.low = vaddw_u8(sums.low, vget_low_u8(v));
   sums.high = vaddw_high_u8(sums.high, v);

@@ -113,7 +113,6 @@ constexpr int kDenseRows = 4;
 constexpr int kDenseTokens = 1;
 constexpr int kAttentionRuns = 1;
 constexpr int kMostTokens[] = {0, 1, 1, 1, 1};
-constexpr int64_t kLookAhead = 0;
 
 constexpr int kBytes = 16;
 struct Bytes {
@@ -141,6 +140,10 @@ inline Bytes high_nibbles(Bytes v) {
 inline Bytes lookup(const Bytes& table, Bytes index) {
   for (uint8_t& byte : index.byte) byte = table.byte[byte];
   return index;
+}
+inline Bytes add_bytes(Bytes a, const Bytes& b) {
+  for (int i = 0; i < kBytes; ++i) a.byte[i] = static_cast<uint8_t>(a.byte[i] + b.byte[i]);
+  return a;
 }
 inline void add(Sums& sums, const Bytes& v) {
   for (int i = 0; i < kBytes; ++i) sums.of[i] += v.byte[i];

@@ -23,7 +23,6 @@ def bench(
     group_size: Annotated[int, typer.Option(help="With --shape: weights that share scales.")] = 128,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
     gen: Annotated[int, typer.Option(help="Tokens to generate after it.")] = 64,
-    batch: Annotated[int, typer.Option(help="Sequences that run together; speeds are of all of them.")] = 1,
     repeat: Annotated[int, typer.Option(help="Repeats; medians are printed.")] = 3,
     threads: ThreadsOption = None,
     isa: IsaOption = None,
@@ -45,7 +44,6 @@ def bench(
             scheme,
             prompt=prompt,
             gen=gen,
-            batch=batch,
             repeat=repeat,
             progress=lambda done, total: progress(done, total, str(model or shape)),
         )
@@ -74,11 +72,10 @@ def _load(
 def _lines(result: "BenchResult") -> str:
     kind = "16 bits" if result.group_size is None else f"{result.bits} bits, groups of {result.group_size}"
     roofline, bandwidth = result.decode_roofline_fraction, result.read_bandwidth_gb_s
-    times = "" if result.batch == 1 else f"{result.batch} x "
     return "\n".join(
         (
-            f"prefill  {result.prefill_tok_s:8.2f} tok/s  ({times}{result.prompt} tokens)",
-            f"decode   {result.decode_tok_s:8.2f} tok/s  ({times}{result.gen} tokens)",
+            f"prefill  {result.prefill_tok_s:8.2f} tok/s  ({result.prompt} tokens)",
+            f"decode   {result.decode_tok_s:8.2f} tok/s  ({result.gen} tokens)",
             f"         {roofline:8.1%} of what the memory allows, which reads {bandwidth:.1f} GB/s",
             f"load     {result.load_s:8.2f} s",
             f"memory   {result.peak_rss_bytes / 1e9:8.2f} GB at most",

@@ -253,10 +253,8 @@ class Scheduler:
     # ---- The engine's thread ------------------------------------------------------------------
 
     def _run(self) -> None:
-        while True:
+        while self._admit():
             try:
-                if not self._admit():
-                    return
                 self._step()
             except Exception as error:
                 _log.exception("a step failed; the requests in it end")
