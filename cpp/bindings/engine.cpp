@@ -150,6 +150,7 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("threads", &Engine::threads)
       .def_prop_ro("weight_memory_bytes", [](const Engine& engine) { return engine.weights().memory_bytes(); })
       .def_prop_ro("weight_bytes_per_token", [](const Engine& engine) { return engine.weights().bytes_per_token(); })
+      .def_prop_ro("kv_cache", [](const Engine& engine) { return engine.kv_type() == KvType::kInt8 ? "int8" : "fp16"; })
       .def_prop_ro("kv_layer_bytes", &Engine::kv_layer_bytes)
       .def("set_hlq", &set_hlq, "name"_a, "planes"_a, "scales"_a, "zeros"_a, "in_features"_a, "group_size"_a)
       .def("set_float32", &set_dense<DenseType::kFloat32, float>, "name"_a, "values"_a)

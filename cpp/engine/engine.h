@@ -25,6 +25,7 @@ class Engine {
   std::string_view isa() const { return backend_.kernels->isa; }
   int threads() const { return pool_.size(); }
 
+  KvType kv_type() const { return kv_type_; }
   /// Bytes that one position takes in the cache of one layer.
   int64_t kv_layer_bytes() const;
   /// An empty sequence of at most `max_positions`, and never more than the model's own limit.

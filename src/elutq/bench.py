@@ -17,7 +17,7 @@ from elutq.errors import InvalidArgumentError
 from elutq.scheme import QuantScheme
 
 if TYPE_CHECKING:
-    from elutq.runtime import LanguageModel
+    from elutq.runtime import LanguageModel, SequenceState
 
 #: Called with repeats done and repeats in all.
 Progress = Callable[[int, int], None]
@@ -25,14 +25,16 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Medians over the repeats. Tokens per second are of one sequence; GB are 1e9 bytes.
+    """Medians over the repeats. Tokens per second are of all sequences together; GB are 1e9 bytes.
 
     Attributes:
         prefill_tok_s: prompt tokens per second, given all at once.
-        decode_tok_s: tokens per second after the prompt, one at a time.
+        decode_tok_s: tokens per second after the prompt, one at a time for each sequence.
         read_bandwidth_gb_s: what the same threads read from memory, measured in turn with the repeats.
-        decode_bytes_per_token: what a token must read, weights and cache, at the mean context of the run.
+        decode_bytes_per_token: what a token must read at the mean context of the run: its cache, and a share
+            of the weights, which the sequences read once.
         decode_roofline_fraction: decode_bytes_per_token * decode_tok_s over the bandwidth; 1 is the limit.
+        context_decode_tok_s: tokens per second after `context` tokens, None when that was not asked for.
         isa: kernels that ran.
         load_s: seconds to load or make the model.
         peak_rss_bytes: most memory the process ever held.
@@ -42,6 +44,9 @@ class BenchResult:
         group_size: columns per group, None if they are not quantized.
         prompt: tokens of the prompt.
         gen: tokens after it.
+        batch: sequences that ran together.
+        context: tokens before those of context_decode_tok_s.
+        kv_cache: how keys and values are kept.
         repeat: number of repeats.
         version: of this package.
         commit: of the checkout it runs from, None once installed.
@@ -52,6 +57,7 @@ class BenchResult:
     read_bandwidth_gb_s: float
     decode_bytes_per_token: float
     decode_roofline_fraction: float
+    context_decode_tok_s: float | None
     isa: str
     load_s: float
     peak_rss_bytes: int
@@ -61,6 +67,9 @@ class BenchResult:
     group_size: int | None
     prompt: int
     gen: int
+    batch: int
+    context: int | None
+    kv_cache: str
     repeat: int
     version: str
     commit: str | None
@@ -72,6 +81,8 @@ def bench(
     *,
     prompt: int = 128,
     gen: int = 64,
+    batch: int = 1,
+    context: int | None = None,
     repeat: int = 3,
     progress: Progress | None = None,
 ) -> BenchResult:
@@ -85,33 +96,48 @@ def bench(
         scheme: how its decoder blocks are quantized, for the record; None if they are not.
         prompt: tokens of the prompt, 1 or more.
         gen: tokens to generate after it, 1 or more.
+        batch: sequences to run together, 1 or more, all of the same length.
+        context: also time `gen` tokens after so many, in the same repeats. A real text of that length goes
+            through the model first, once.
         repeat: repeats, after a short run to warm up.
         progress: called after each repeat.
 
     Raises:
-        InvalidArgumentError: a count is below 1, or prompt and gen together exceed the model's limit.
+        InvalidArgumentError: a count is below 1, or prompt or context exceeds, with gen, the model's limit.
     """
     from elutq.runtime import cpu_name, read_bandwidth
 
-    for name, value in (("prompt", prompt), ("gen", gen), ("repeat", repeat)):
-        if value < 1:
+    counts = {"prompt": prompt, "gen": gen, "batch": batch, "context": context, "repeat": repeat}
+    for name, value in counts.items():
+        if value is not None and value < 1:
             raise InvalidArgumentError(f"{name} must be at least 1, not {value}")
     limit = model.config.max_position_embeddings
-    if prompt + gen > limit:
-        raise InvalidArgumentError(
-            f"prompt and gen are {prompt + gen} tokens together, but the model's limit is {limit}"
-        )
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, prompt).tolist()
-    time_generation(model, ids[:8], min(gen, 4))
-    prefill, decode, bandwidth = [], [], []
+    for name, before in (("prompt", prompt), ("context", context or 0)):
+        if before + gen > limit:
+            raise InvalidArgumentError(
+                f"{name} and gen are {before + gen} tokens together, but the model's limit is {limit}"
+            )
+    random = np.random.default_rng(0)
+    ids = random.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
+    _time_generation(model, [sequence[:8] for sequence in ids], min(gen, 4))
+    deep = [] if context is None else [model.new_sequence() for _ in range(batch)]
+    for sequence in deep:
+        model.step([(sequence, random.integers(0, model.config.vocab_size, context).tolist())])
+    prefill, decode, deep_decode, bandwidth = [], [], [], []
     for done in range(repeat):
-        prefill_seconds, decode_seconds = time_generation(model, ids, gen)
-        prefill.append(prompt / prefill_seconds)
-        decode.append(gen / decode_seconds)
+        prefill_seconds, decode_seconds = _time_generation(model, ids, gen)
+        prefill.append(batch * prompt / prefill_seconds)
+        decode.append(batch * gen / decode_seconds)
+        if context is not None:
+            deep_decode.append(batch * gen / _time_decode(model, deep, [[0]] * batch, gen))
+            for sequence in deep:
+                sequence.truncate(context)
         bandwidth.append(read_bandwidth(model.threads))
         if progress is not None:
             progress(done + 1, repeat)
-    bytes_per_token = float(model.bytes_per_token(prompt + gen // 2))
+    weight_bytes = model.bytes_per_token(0)
+    cache_bytes = model.bytes_per_token(prompt + gen // 2) - weight_bytes
+    bytes_per_token = weight_bytes / batch + cache_bytes
     decode_tok_s, bandwidth_gb_s = statistics.median(decode), statistics.median(bandwidth)
     return BenchResult(
         prefill_tok_s=statistics.median(prefill),
@@ -119,6 +145,7 @@ def bench(
         read_bandwidth_gb_s=bandwidth_gb_s,
         decode_bytes_per_token=bytes_per_token,
         decode_roofline_fraction=bytes_per_token * decode_tok_s / (bandwidth_gb_s * 1e9),
+        context_decode_tok_s=statistics.median(deep_decode) if deep_decode else None,
         isa=model.isa,
         load_s=model.load_seconds,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -128,6 +155,9 @@ def bench(
         group_size=None if scheme is None else scheme.group_size,
         prompt=prompt,
         gen=gen,
+        batch=batch,
+        context=context,
+        kv_cache=model.kv_cache,
         repeat=repeat,
         version=__version__,
         commit=source_commit(),
@@ -136,13 +166,33 @@ def bench(
 
 def time_generation(model: "LanguageModel", prompt: list[int], gen: int) -> tuple[float, float]:
     """Seconds for the prompt, and for `gen` greedy tokens after it; a sequence of its own."""
-    sequence = model.new_sequence()
+    return _time_generation(model, [prompt], gen)
+
+
+def _time_generation(model: "LanguageModel", prompts: list[list[int]], gen: int) -> tuple[float, float]:
+    """The same for several sequences that run together."""
+    sequences = [model.new_sequence() for _ in prompts]
     start = time.perf_counter()
-    token = int(model.step([(sequence, prompt)])[0].argmax())
-    middle = time.perf_counter()
+    tokens = _step(model, sequences, prompts)
+    return time.perf_counter() - start, _time_decode(model, sequences, tokens, gen)
+
+
+def _time_decode(
+    model: "LanguageModel", sequences: list["SequenceState"], tokens: list[list[int]], gen: int
+) -> float:
+    """Seconds for `gen` greedy tokens of each sequence after `tokens`, which they do not hold yet."""
+    start = time.perf_counter()
     for _ in range(gen):
-        token = int(model.step([(sequence, [token])])[0].argmax())
-    return middle - start, time.perf_counter() - middle
+        tokens = _step(model, sequences, tokens)
+    return time.perf_counter() - start
+
+
+def _step(
+    model: "LanguageModel", sequences: list["SequenceState"], tokens: list[list[int]]
+) -> list[list[int]]:
+    """The token that follows, for each sequence."""
+    logits = model.step(list(zip(sequences, tokens, strict=True)))
+    return [[int(row.argmax())] for row in logits]
 
 
 def source_commit() -> str | None:

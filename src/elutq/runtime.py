@@ -130,6 +130,11 @@ class LanguageModel:
         return self._live.threads
 
     @property
+    def kv_cache(self) -> str:
+        """How keys and values are kept."""
+        return self._live.kv_cache
+
+    @property
     def weight_memory_bytes(self) -> int:
         """Memory of the packed weights. Unquantized matrices stay in the page cache and do not count."""
         return self._live.weight_memory_bytes

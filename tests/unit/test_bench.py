@@ -14,10 +14,16 @@ from elutq.scheme import QuantScheme
 VOCAB = 20
 
 
+class FakeSequence(list[int]):
+    def truncate(self, length: int) -> None:
+        del self[length:]
+
+
 class FakeModel:
-    """Takes 1 ms per prompt token and 10 ms per token after it, on the fake clock."""
+    """Takes 1 ms per prompt token and 10 ms per step of tokens after it, on the fake clock."""
 
     isa = "scalar"
+    kv_cache = "fp16"
     threads = 3
     load_seconds = 1.5
     config = SimpleNamespace(vocab_size=VOCAB, max_position_embeddings=100)
@@ -26,15 +32,16 @@ class FakeModel:
         self.clock = clock
         self.lengths: list[int] = []
 
-    def new_sequence(self) -> list[int]:
-        return []
+    def new_sequence(self) -> "FakeSequence":
+        return FakeSequence()
 
     def step(self, work: list) -> list:
-        ((sequence, ids),) = work
-        sequence.extend(ids)
-        self.lengths.append(len(sequence))
-        self.clock.now += 0.001 * len(ids) if len(ids) > 1 else 0.01
-        return [np.arange(VOCAB, dtype=np.float32)]
+        for sequence, ids in work:
+            sequence.extend(ids)
+            self.lengths.append(len(sequence))
+        prompt = sum(len(ids) for _, ids in work if len(ids) > 1)
+        self.clock.now += 0.001 * prompt or 0.01
+        return [np.arange(VOCAB, dtype=np.float32) for _ in work]
 
     def bytes_per_token(self, context: int) -> int:
         return 1_000_000 + 1000 * context
@@ -51,7 +58,7 @@ class FakeClock:
 def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
     clock = FakeClock()
     monkeypatch.setattr(module, "time", clock)
-    bandwidths = iter([30.0, 10.0, 20.0])
+    bandwidths = iter([30.0, 10.0, 20.0, 20.0])
     monkeypatch.setattr("elutq.runtime.read_bandwidth", lambda threads: next(bandwidths))
     return FakeModel(clock)
 
@@ -71,6 +78,24 @@ def test_figures(model: FakeModel) -> None:
     assert result.peak_rss_bytes <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def test_sequences_together_share_the_weights(model: FakeModel) -> None:
+    result = bench(model, QuantScheme(2, 64), prompt=40, gen=20, batch=4, repeat=3)
+    assert result.prefill_tok_s == pytest.approx(1000)
+    assert result.decode_tok_s == pytest.approx(400)
+    assert result.decode_bytes_per_token == 250_000 + 50_000
+    assert result.decode_roofline_fraction == pytest.approx(300_000 * 400 / 20e9)
+    assert result.batch == 4
+
+
+def test_decoding_after_a_long_context_is_timed_in_turn(model: FakeModel) -> None:
+    result = bench(model, None, prompt=4, gen=5, context=60, repeat=3)
+    assert (result.context, result.kv_cache) == (60, "fp16")
+    assert result.context_decode_tok_s == pytest.approx(100)
+    assert model.lengths.count(60) == 1  # filled once
+    assert model.lengths.count(65) == 3
+    assert bench(model, None, prompt=4, gen=2, repeat=1).context_decode_tok_s is None
+
+
 def test_an_unquantized_model_has_16_bits(model: FakeModel) -> None:
     result = bench(model, None, prompt=4, gen=2, repeat=1)
     assert (result.bits, result.group_size) == (16, None)
@@ -87,8 +112,11 @@ def test_progress(model: FakeModel) -> None:
     [
         ({"prompt": 0}, "prompt must be at least 1, not 0"),
         ({"gen": 0}, "gen must be at least 1, not 0"),
+        ({"batch": 0}, "batch must be at least 1, not 0"),
         ({"repeat": -1}, "repeat must be at least 1, not -1"),
-        ({"prompt": 90, "gen": 11}, "101 tokens together, but the model's limit is 100"),
+        ({"prompt": 90, "gen": 11}, "prompt and gen are 101 tokens together, but the model's limit is 100"),
+        ({"context": 0}, "context must be at least 1, not 0"),
+        ({"prompt": 4, "context": 90, "gen": 11}, "context and gen are 101 tokens together"),
     ],
 )
 def test_bad_counts(counts: dict[str, int], message: str, model: FakeModel) -> None:

@@ -194,6 +194,9 @@ def test_bench(quantized: Path) -> None:
     )
     assert last_json(run("bench", MODEL, *sizes, "--json"))["bits"] == 16
     assert "tok/s" in run("bench", quantized, *sizes).stdout
+    shown = run("bench", quantized, *sizes, "--context", 100, "--kv-cache", "int8").stdout
+    assert "after 100 tokens" in shown
+    assert "int8 keys and values" in shown
 
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

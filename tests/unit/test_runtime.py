@@ -71,6 +71,24 @@ def test_logits_do_not_depend_on_threads_batch_or_cutting(model: LanguageModel) 
     assert [len(logits) for logits in result] == [5, 300, 1]
 
 
+def test_8_bit_keys_and_values_promise_the_same_and_change_little(story: LanguageModel) -> None:
+    ids = (story.tokenizer.encode("Once upon a time there was a little girl. ") * 40)[:400]
+    with load(REFERENCE_MODEL, threads=2, kv_cache="int8") as model:
+        assert model.kv_cache == "int8"
+        logits = model.logits(ids)
+        assert np.array_equal(model.logits(ids, chunk=47), logits)
+        sequence, full = model.new_sequence(), story.new_sequence()
+        for language_model, state in ((model, sequence), (story, full)):
+            language_model.step([(state, ids)])
+        assert sequence.memory_bytes < 0.6 * full.memory_bytes
+        assert model.bytes_per_token(100) < story.bytes_per_token(100)
+    reference = story.logits(ids)
+    p, q = (np.exp(x - np.logaddexp.reduce(x, axis=1, keepdims=True)) for x in (reference, logits))
+    assert 0 < (p * np.log(p / q)).sum(axis=1).mean() < 1e-3
+    with pytest.raises(InvalidArgumentError, match="kv_cache must be fp16 or int8, not fp8"):
+        random_model(tiny(), kv_cache="fp8")  # type: ignore[arg-type]
+
+
 def test_windows_do_not_depend_on_cutting() -> None:
     config = tiny(model_type="mistral", sliding_window=50)
     model = random_model(config, threads=2)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elutq.cli.options import IsaOption, ModelArgument, ThreadsOption
+from elutq.cli.options import IsaOption, KvCacheOption, ModelArgument, ThreadsOption
 from elutq.errors import ElutqError, InvalidArgumentError, TokenizerError
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def chat(
     ] = None,
     threads: ThreadsOption = None,
     isa: IsaOption = None,
+    kv_cache: KvCacheOption = "fp16",
 ) -> None:
     """Talk with a model in the terminal. From a pipe, each line is a message.
 
@@ -84,7 +85,7 @@ def chat(
         "seed": seed,
         "max_new_tokens": max_new_tokens,
     }
-    language_model = load(model, threads=threads, isa=isa, context=context)
+    language_model = load(model, threads=threads, isa=isa, kv_cache=kv_cache, context=context)
     if not language_model.tokenizer.has_chat_template:
         raise TokenizerError(
             f"{model} has no chat template, so it is not a chat model; "

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from elutq.cli.options import JsonOption, ModelArgument, ThreadsOption
+from elutq.cli.options import JsonOption, KvCacheOption, ModelArgument, ThreadsOption
 from elutq.errors import InvalidArgumentError
 
 _DEFAULT_CONTEXT = 2048
@@ -29,6 +29,7 @@ def evaluate(
     exact: Annotated[
         bool, typer.Option("--exact", help="Compute without int8 rounding of the lookup tables; slower.")
     ] = False,
+    kv_cache: KvCacheOption = "fp16",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -42,7 +43,7 @@ def evaluate(
     from elutq.runtime import load
 
     words = _read(text)
-    subject = load(model, threads=threads, exact=exact)
+    subject = load(model, threads=threads, exact=exact, kv_cache=kv_cache)
     context = context or min(_DEFAULT_CONTEXT, subject.config.max_position_embeddings)
     with progress_bar("tokens") as progress:
         evaluation = run(
@@ -62,6 +63,7 @@ def evaluate(
         "model_bits_per_weight": description["bits_per_weight"],
         "reference": reference,
         "exact": exact,
+        "kv_cache": kv_cache,
         "isa": subject.isa,
     }
     if as_json:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from elutq.cli.options import IsaOption, JsonOption, ModelArgument, ThreadsOption
+from elutq.cli.options import IsaOption, JsonOption, KvCacheOption, ModelArgument, ThreadsOption
 from elutq.errors import InvalidArgumentError
 
 
@@ -32,6 +32,7 @@ def generate(
     ] = None,
     threads: ThreadsOption = None,
     isa: IsaOption = None,
+    kv_cache: KvCacheOption = "fp16",
     as_json: JsonOption = False,
 ) -> None:
     """Continue a text."""
@@ -44,7 +45,7 @@ def generate(
         raise InvalidArgumentError("there is no prompt; give one with -p, or on stdin")
     if prompt in (None, "-"):
         prompt = sys.stdin.read().removesuffix("\n")  # the one that `echo` and editors add
-    language_model = load(model, threads=threads, isa=isa)
+    language_model = load(model, threads=threads, isa=isa, kv_cache=kv_cache)
     start = time.perf_counter()
     pieces: list[str] = []
     for piece in language_model.stream(

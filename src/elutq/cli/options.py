@@ -1,6 +1,6 @@
 """Options that several commands share."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,6 +12,12 @@ ThreadsOption = Annotated[
 ]
 IsaOption = Annotated[
     str | None, typer.Option("--isa", help="Kernels to use, e.g. avx2; by default the machine's best.")
+]
+KvCacheOption = Annotated[
+    Literal["fp16", "int8"],
+    typer.Option(
+        help="How keys and values are kept; int8 halves their memory and is a little less accurate."
+    ),
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as one JSON object, the last line of stdout.")

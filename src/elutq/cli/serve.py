@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elutq.cli.options import IsaOption, ModelArgument, ThreadsOption
+from elutq.cli.options import IsaOption, KvCacheOption, ModelArgument, ThreadsOption
 from elutq.errors import InvalidArgumentError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def serve(
     ] = 30.0,
     threads: ThreadsOption = None,
     isa: IsaOption = None,
+    kv_cache: KvCacheOption = "fp16",
 ) -> None:
     """Serve a model by an OpenAI-compatible HTTP API, with a chat page at /."""
     import logging
@@ -73,7 +74,10 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
     )
     listener = listen(host, port)
-    with listener, load(model, threads=threads, isa=isa, context=context) as language_model:
+    with (
+        listener,
+        load(model, threads=threads, isa=isa, kv_cache=kv_cache, context=context) as language_model,
+    ):
         scheduler = Scheduler(language_model, parallel=parallel, queue_size=queue, cache_bytes=cache * 10**6)
         try:
             server = DrainingServer(create_service(language_model, scheduler, settings), drain)
