@@ -34,6 +34,7 @@ class Job:
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._submissions: list[Submission] = []
         self._usages: dict[int, Usage] = {}
+        self._number = len(requests)
         self._expired = False
         self._timer = loop.call_later(service.settings.request_seconds, self._expire)
         try:
@@ -49,7 +50,7 @@ class Job:
         Raises:
             ApiError: one failed, the time is over, or the server shuts down.
         """
-        while len(self._usages) < len(self._submissions):
+        while len(self._usages) < self._number:
             index, event = await self._queue.get()
             if event.error is not None:
                 raise api_error(event.error)
@@ -61,7 +62,7 @@ class Job:
 
     def usage(self, choices: int) -> dict[str, Any]:
         """OpenAI's `usage` of all, once finished. A prompt that `choices` generations share counts once."""
-        usages = [self._usages[index] for index in range(len(self._submissions))]
+        usages = [self._usages[index] for index in range(self._number)]
         prompt_tokens = sum(u.prompt_tokens for u in usages[::choices])
         completion_tokens = sum(u.completion_tokens for u in usages)
         return {
@@ -76,6 +77,8 @@ class Job:
         self._timer.cancel()
         for submission in self._submissions:
             submission.cancel()
+        # They lead back to this job by its event handlers: such a cycle would keep keys and values.
+        self._submissions.clear()
 
     def __enter__(self) -> "Job":
         return self

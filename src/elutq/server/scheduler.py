@@ -367,6 +367,7 @@ class Scheduler:
     ) -> None:
         now = time.monotonic()
         generation, sequence = request.generation, request.sequence
+        request.sequence = None  # whoever keeps the submission must not keep its memory
         if error is not None and not isinstance(error, ElutqError):
             _log.error("a request failed", exc_info=error)
         if sequence is not None and error is None:
