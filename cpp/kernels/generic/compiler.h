@@ -5,8 +5,16 @@
 /// The same for a lambda, after its parameters.
 #define ELUTQ_FLAT __attribute__((always_inline))
 
+#include <cstdint>
+
 namespace elutq {
 namespace {
+
+constexpr int kCacheLine = 64;
+
+/// Loads a byte and forgets it, to fetch its cache line. Unlike a prefetch instruction it teaches the hardware
+/// prefetchers, and unlike a vector load it waits in no queue of the vector unit.
+ELUTQ_INLINE void touch(const uint8_t* byte) { static_cast<void>(*static_cast<const volatile uint8_t*>(byte)); }
 
 template <int value>
 struct Constant {

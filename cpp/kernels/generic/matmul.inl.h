@@ -3,85 +3,100 @@
 namespace elutq {
 namespace {
 
-constexpr int64_t kBlockEntries = kBlockColumns / kSlotColumns * 16;  // bytes of tables per block
-
-/// Segments [begin, end) of one tile. acc: [tokens][kTileRows], the sums so far.
-template <int bits, int tokens>
-[[gnu::noinline]] void multiply(const Layout& layout, const uint8_t* tile, const TableView* tables, int64_t begin,
-                                int64_t end, float* acc) {
-  int64_t group = begin / layout.segments_per_group;
-  int64_t segment_in_group = begin - group * layout.segments_per_group;
-  int64_t block = begin * layout.segment_blocks;
-  constexpr int kTogether = tokens == 1 ? kStrips : 1;  // strips
-  for (int64_t segment = begin; segment < end; ++segment) {
-    const uint8_t* parameters = tile + group * layout.group_bytes;
-    const uint8_t* planes =
-        parameters + layout.parameter_bytes + segment_in_group * layout.segment_blocks * layout.block_bytes;
-    const int64_t blocks = min_of(layout.segment_blocks, layout.blocks - block);
-
-    // A pair's sum is found with 128 added; that of padding columns too, which is exactly 128.
-    const Sums start = start_sums(static_cast<int>(blocks * (kBlockColumns / kSlotColumns / 2) * -128));
-    unroll<kStrips / kTogether>([&](auto part) ELUTQ_FLAT {
-      constexpr int kFirst = part * kTogether;
-      Sums sums[kTogether][bits][tokens];
-      unroll<kTogether>([&](auto s) ELUTQ_FLAT {
-        unroll<bits>([&](auto p) ELUTQ_FLAT { unroll<tokens>([&](auto t) ELUTQ_FLAT { sums[s][p][t] = start; }); });
-      });
-      const uint8_t* strips = planes + kFirst * bits * kStripBytes;
-      const uint8_t* entries[tokens];
-      unroll<tokens>([&](auto t) ELUTQ_FLAT { entries[t] = tables[t].entries + block * kBlockEntries; });
-      for (int64_t b = 0; b < blocks; ++b) {
-        unroll<kTogether>([&](auto s) ELUTQ_FLAT {
-          Lookup::template add_block<bits, tokens>(strips + s * bits * kStripBytes, entries, sums[s]);
-        });
-        strips += layout.block_bytes;
-        unroll<tokens>([&](auto t) ELUTQ_FLAT { entries[t] += kBlockEntries; });
-      }
-
-      unroll<kTogether * kStripRows / kLanes>([&](auto i) ELUTQ_FLAT {
-        constexpr int kRow = kFirst * kStripRows + i * kLanes;
-        constexpr int kStrip = i * kLanes / kStripRows;
-        constexpr int kPart = i * kLanes % kStripRows / kLanes;
-        Floats scales[bits];
-        Floats mid = load_half(parameters + (bits * kTileRows + kRow) * 2);
-        unroll<bits>([&](auto p) ELUTQ_FLAT {
-          scales[p] = load_half(parameters + (p * kTileRows + kRow) * 2);
-          mid = fma(splat(0.5f), scales[p], mid);
-        });
-        unroll<tokens>([&](auto t) ELUTQ_FLAT {
-          Floats u = scales[0] * to_floats(sums[kStrip][0][t], kPart);
-          unroll<bits, 1>([&](auto p) ELUTQ_FLAT { u = fma(scales[p], to_floats(sums[kStrip][p][t], kPart), u); });
-          float* to = acc + t * kTileRows + kRow;
-          const Floats with_planes = fma(u, splat(tables[t].scales[segment]), load(to));
-          store(fma(mid, splat(tables[t].sums[segment]), with_planes), to);
-        });
-      });
-    });
-    block += layout.segment_blocks;
-    if (++segment_in_group == layout.segments_per_group) {
-      segment_in_group = 0;
-      ++group;
-    }
+/// Touches `bytes` bytes, kLookAhead further on.
+template <int64_t bytes>
+ELUTQ_INLINE void look_ahead(const uint8_t* from) {
+  if constexpr (kLookAhead != 0) {
+    unroll<(bytes + kCacheLine - 1) / kCacheLine>([&](auto i)
+                                                      ELUTQ_FLAT { touch(from + kLookAhead + i * kCacheLine); });
   }
 }
 
-/// The same with the sums so far in y when begin > 0. rows: how many of the tile exist.
+constexpr int64_t kBlockEntries = kBlockColumns / kSlotColumns * 16;  // bytes of tables per block
+
+/// One segment of one tile, `blocks` blocks of `planes`. acc: [tokens][kPanelRows], the sums so far of the tile's rows.
 template <int bits, int tokens>
-void multiply_tile(const Layout& layout, const uint8_t* tile, const TableView* tables, int64_t begin, int64_t end,
-                   int64_t rows, float* y, int64_t y_stride) {
-  alignas(64) float acc[tokens * kTileRows] = {};
-  const auto copy_rows = [rows](float* to, const float* from) {
-    if (rows >= kTileRows) {
-      std::memcpy(to, from, kTileRows * sizeof(float));
-    } else {
-      std::memcpy(to, from, static_cast<size_t>(rows) * sizeof(float));
+ELUTQ_INLINE void multiply_segment(const uint8_t* parameters, const uint8_t* planes, int64_t blocks,
+                                   const TableView* tables, int64_t segment, int64_t first_block, float* acc) {
+  constexpr int64_t kBlockBytes = bits * kStrips * kStripBytes;
+  constexpr int kTogether = tokens == 1 ? kStrips : 1;  // strips
+  if constexpr (tokens == 1) look_ahead<(bits + 1) * kTileRows * 2>(parameters);
+  // A pair's sum is found with 128 added; that of padding columns too, which is exactly 128.
+  const Sums start = start_sums(static_cast<int>(blocks * (kBlockColumns / kSlotColumns / 2) * -128));
+  unroll<kStrips / kTogether>([&](auto part) ELUTQ_FLAT {
+    constexpr int kFirst = part * kTogether;
+    Sums sums[kTogether][bits][tokens];
+    unroll<kTogether>([&](auto s) ELUTQ_FLAT {
+      unroll<bits>([&](auto p) ELUTQ_FLAT { unroll<tokens>([&](auto t) ELUTQ_FLAT { sums[s][p][t] = start; }); });
+    });
+    const uint8_t* strips = planes + kFirst * bits * kStripBytes;
+    const uint8_t* entries[tokens];
+    unroll<tokens>([&](auto t) ELUTQ_FLAT { entries[t] = tables[t].entries + first_block * kBlockEntries; });
+    for (int64_t b = 0; b < blocks; ++b) {
+      if constexpr (tokens == 1) look_ahead<kBlockBytes>(strips);
+      unroll<kTogether>([&](auto s) ELUTQ_FLAT {
+        Lookup::template add_block<bits, tokens>(strips + s * bits * kStripBytes, entries, sums[s]);
+      });
+      strips += kBlockBytes;
+      unroll<tokens>([&](auto t) ELUTQ_FLAT { entries[t] += kBlockEntries; });
     }
-  };
-  if (begin > 0) {
-    for (int t = 0; t < tokens; ++t) copy_rows(acc + t * kTileRows, y + t * y_stride);
+
+    unroll<kTogether * kStripRows / kLanes>([&](auto i) ELUTQ_FLAT {
+      constexpr int kRow = kFirst * kStripRows + i * kLanes;
+      constexpr int kStrip = i * kLanes / kStripRows;
+      constexpr int kPart = i * kLanes % kStripRows / kLanes;
+      Floats scales[bits];
+      Floats mid = load_half(parameters + (bits * kTileRows + kRow) * 2);
+      unroll<bits>([&](auto p) ELUTQ_FLAT {
+        scales[p] = load_half(parameters + (p * kTileRows + kRow) * 2);
+        mid = fma(splat(0.5f), scales[p], mid);
+      });
+      unroll<tokens>([&](auto t) ELUTQ_FLAT {
+        Floats u = scales[0] * to_floats(sums[kStrip][0][t], kPart);
+        unroll<bits, 1>([&](auto p) ELUTQ_FLAT { u = fma(scales[p], to_floats(sums[kStrip][p][t], kPart), u); });
+        float* to = acc + t * kPanelRows + kRow;
+        const Floats with_planes = fma(u, splat(tables[t].scales[segment]), load(to));
+        store(fma(mid, splat(tables[t].sums[segment]), with_planes), to);
+      });
+    });
+  });
+}
+
+/// Segments [begin, end) of `tiles` neighbors of one panel. acc: [tokens][kPanelRows], the sums so far.
+template <int bits, int tokens>
+[[gnu::noinline]] void multiply(const Layout& layout, const uint8_t* packed, int64_t tile, int64_t tiles,
+                                const TableView* tables, int64_t begin, int64_t end, float* acc) {
+  int64_t group = begin / layout.segments_per_group;
+  while (begin < end) {
+    const int64_t group_begin = group * layout.segments_per_group;
+    const int64_t stop = min_of(group_begin + layout.segments_per_group, end);
+    const int64_t bytes = layout.bytes_of(group);
+    const uint8_t* parameters = packed + layout.offset(tile, group);
+    for (int64_t i = 0; i < tiles; ++i, parameters += bytes) {
+      const uint8_t* planes = parameters + layout.parameter_bytes;
+      for (int64_t segment = begin; segment < stop; ++segment) {
+        const int64_t block = segment * layout.segment_blocks;
+        const int64_t blocks = min_of(layout.segment_blocks, layout.blocks - block);
+        multiply_segment<bits, tokens>(parameters,
+                                       planes + (segment - group_begin) * layout.segment_blocks * layout.block_bytes,
+                                       blocks, tables, segment, block, acc + i * kTileRows);
+      }
+    }
+    begin = stop;
+    ++group;
   }
-  multiply<bits, tokens>(layout, tile, tables, begin, end, acc);
-  for (int t = 0; t < tokens; ++t) copy_rows(y + t * y_stride, acc + t * kTileRows);
+}
+
+/// The same for rows [row, row + rows) of one panel, with the sums so far in y when begin > 0.
+template <int bits, int tokens>
+void multiply_rows(const Layout& layout, const uint8_t* packed, const TableView* tables, int64_t begin, int64_t end,
+                   int64_t row, int64_t rows, float* y, int64_t y_stride) {
+  alignas(64) float acc[tokens * kPanelRows] = {};
+  const auto row_bytes = static_cast<size_t>(rows) * sizeof(float);
+  for (int t = 0; begin > 0 && t < tokens; ++t) std::memcpy(acc + t * kPanelRows, y + t * y_stride + row, row_bytes);
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  multiply<bits, tokens>(layout, packed, row / kTileRows, tiles, tables, begin, end, acc);
+  for (int t = 0; t < tokens; ++t) std::memcpy(y + t * y_stride + row, acc + t * kPanelRows, row_bytes);
 }
 
 // Tables of one pass, tokens * columns * 4 bytes, about fill the first-level cache; the rows of one chunk, read again
@@ -97,9 +112,10 @@ void multiply_chunk(const Layout& layout, const uint8_t* packed, const TableView
   const int64_t run = tokens == 1 ? layout.segments : (kTableBytes + segment_bytes - 1) / segment_bytes;
   for (int64_t begin = 0; begin < layout.segments; begin += run) {
     const int64_t end = min_of(begin + run, layout.segments);
-    for (int64_t row = row_begin; row < row_end; row += kTileRows) {
-      const uint8_t* tile = packed + row / kTileRows * layout.tile_bytes;
-      multiply_tile<bits, tokens>(layout, tile, tables, begin, end, row_end - row, y + row, y_stride);
+    for (int64_t row = row_begin; row < row_end;) {
+      const int64_t next = min_of(row / kPanelRows * kPanelRows + kPanelRows, row_end);
+      multiply_rows<bits, tokens>(layout, packed, tables, begin, end, row, next - row, y, y_stride);
+      row = next;
     }
   }
 }
@@ -117,8 +133,8 @@ template <int bits>
 void matmul_bits(const HlqShape& shape, const uint8_t* packed, const TableView* tables, int64_t tokens,
                  int64_t row_begin, int64_t row_end, float* y, int64_t y_stride) {
   const Layout layout(shape);
-  const int64_t chunk_tiles = tokens == 1 ? (row_end - row_begin) : kChunkBytes / layout.tile_bytes;
-  const int64_t chunk = (chunk_tiles > 0 ? chunk_tiles : 1) * kTileRows;
+  const int64_t panels = tokens == 1 ? (row_end - row_begin) : kChunkBytes / (layout.tile_bytes * kPanelTiles);
+  const int64_t chunk = (panels > 0 ? panels : 1) * kPanelRows;
   for (int64_t begin = row_begin; begin < row_end; begin += chunk) {
     const int64_t end = min_of(begin + chunk, row_end);
     const TableView* next = tables;

@@ -1,11 +1,15 @@
-// The packed matrix. A tile of kTileRows rows is one sequential stream:
+// The packed matrix. A tile of kTileRows rows is what one pass multiplies; the tiles of a panel of kPanelRows rows lie
+// side by side, group by group, and are multiplied in that order: one sequential stream that reads the tables of a
+// group once per panel. (Tile after tile, the tables of a whole row would be read again for every tile, and the stream
+// in between would have driven them out of the first-level cache.)
 //
-//     for each group:   scales fp16 [bits][kTileRows], zeros fp16 [kTileRows]
+//     for each panel, for each group, for each tile of the panel:
+//         scales fp16 [bits][kTileRows], zeros fp16 [kTileRows]
 //         for each block of 32 columns of the group:
 //             for each strip of kStripRows rows:   planes [bits][kStripRows * 4 bytes]
 //
 // How the 32 x kStripRows bits of one plane lie inside their strip is the business of the lookup (Lookup::put and
-// Lookup::get). Rows past out_features and columns past in_features are zero.
+// Lookup::get). Rows past out_features and columns past in_features are zero; the last panel may have fewer tiles.
 
 namespace elutq {
 namespace {
@@ -15,10 +19,13 @@ constexpr int kTileRows = Lookup::kTileRows;
 constexpr int kStripRows = Lookup::kStripRows;
 constexpr int kStrips = Lookup::kTileRows / kStripRows;
 constexpr int64_t kStripBytes = kStripRows * kBlockColumns / 8;  // of one plane
+constexpr int kPanelRows = 128;
+constexpr int kPanelTiles = kPanelRows / kTileRows;
 
 struct Layout {
   int64_t in_features;
   int64_t bits;
+  int64_t tiles;
   int64_t groups;
   int64_t blocks;              // in a row
   int64_t group_blocks;        // in a full group
@@ -33,6 +40,7 @@ struct Layout {
   explicit Layout(const HlqShape& shape)
       : in_features(shape.in_features),
         bits(shape.bits),
+        tiles((shape.out_features + kTileRows - 1) / kTileRows),
         groups(shape.groups()),
         blocks(shape.padded_in() / kBlockColumns),
         group_blocks((shape.group_size + kBlockColumns - 1) / kBlockColumns),
@@ -51,10 +59,21 @@ struct Layout {
 
   /// Blocks in group `group`; the last group may be short.
   int64_t blocks_of(int64_t group) const { return min_of(group_blocks, blocks - group * group_blocks); }
+
+  /// Bytes of group `group` of one tile: from there to the same group of the panel's next tile.
+  int64_t bytes_of(int64_t group) const { return parameter_bytes + blocks_of(group) * block_bytes; }
+
+  /// Where group `group` of a tile begins in the packed matrix.
+  int64_t offset(int64_t tile, int64_t group) const {
+    const int64_t first = tile / kPanelTiles * kPanelTiles;
+    const int64_t panel_tiles = min_of(kPanelTiles, tiles - first);
+    return first * tile_bytes + group * panel_tiles * group_bytes + (tile - first) * bytes_of(group);
+  }
 };
 
 int64_t packed_bytes(const HlqShape& shape) {
-  return (shape.out_features + kTileRows - 1) / kTileRows * Layout(shape).tile_bytes;
+  const Layout layout(shape);
+  return layout.tiles * layout.tile_bytes + kLookAhead;
 }
 
 /// Nibbles 7654'3210, the slots of a block, to the bytes 73'62'51'40, its pairs of slots.
@@ -119,9 +138,9 @@ void pack_group(const HlqView& matrix, const Layout& layout, int64_t first, int6
 void pack(const HlqView& matrix, int64_t row_begin, int64_t row_end, uint8_t* packed) {
   const Layout layout(matrix.shape);
   for (int64_t first = row_begin; first < row_end; first += kTileRows) {
-    uint8_t* tile = packed + first / kTileRows * layout.tile_bytes;
     for (int64_t group = 0; group < layout.groups; ++group) {
-      pack_group(matrix, layout, first, min_of(kTileRows, row_end - first), group, tile + group * layout.group_bytes);
+      pack_group(matrix, layout, first, min_of(kTileRows, row_end - first), group,
+                 packed + layout.offset(first / kTileRows, group));
     }
   }
 }
@@ -130,11 +149,10 @@ void pack(const HlqView& matrix, int64_t row_begin, int64_t row_end, uint8_t* pa
 void unpack_columns(const Layout& layout, const uint8_t* packed, int64_t row, int64_t begin, int64_t end,
                     float* weights) {
   const int r = static_cast<int>(row % kTileRows);
-  const uint8_t* tile = packed + row / kTileRows * layout.tile_bytes;
   for (int64_t column = begin; column < end; column += kBlockColumns) {
     const int64_t block = column / kBlockColumns;
     const int64_t group = block / layout.group_blocks;
-    const uint8_t* parameters = tile + group * layout.group_bytes;
+    const uint8_t* parameters = packed + layout.offset(row / kTileRows, group);
     const uint8_t* planes =
         parameters + layout.parameter_bytes + (block - group * layout.group_blocks) * layout.block_bytes;
     Floats low = splat_half(parameters + (layout.bits * kTileRows + r) * 2);

@@ -121,6 +121,7 @@ constexpr int kDenseRows = 2;
 constexpr int kDenseTokens = 2;
 constexpr int kAttentionRuns = 1;
 constexpr int kMostTokens[] = {0, 4, 2, 1, 1};
+constexpr int64_t kLookAhead = 256;
 
 // ---- Byte rows --------------------------------------------------------------------------------------------------
 

@@ -113,6 +113,7 @@ constexpr int kDenseRows = 4;
 constexpr int kDenseTokens = 1;
 constexpr int kAttentionRuns = 1;
 constexpr int kMostTokens[] = {0, 1, 1, 1, 1};
+constexpr int64_t kLookAhead = 0;
 
 constexpr int kBytes = 16;
 struct Bytes {
