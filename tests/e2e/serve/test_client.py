@@ -1,5 +1,6 @@
 """The official client of OpenAI's API against the server."""
 
+import gc
 import json
 import math
 from collections.abc import Iterator
@@ -500,3 +501,18 @@ def test_a_client_that_leaves_cancels_its_request(live: Any, client: Any, hold: 
     hold.go.set()
     live.wait_for('elutq_requests_finished_total{reason="cancelled"}', before + 2)
     live.wait_for("elutq_requests_running", 0)
+
+
+def test_ended_requests_do_not_wait_for_the_garbage_collector(client: Any) -> None:
+    from elutq.server.job import Job
+
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(10):
+            client.completions.create(model="tiny", prompt="A", max_tokens=2)
+            for _ in client.completions.create(model="tiny", prompt="A", max_tokens=2 + number, stream=True):
+                pass
+        assert sum(isinstance(thing, Job) for thing in gc.get_objects()) <= 2  # of the last requests, perhaps
+    finally:
+        gc.enable()
