@@ -3,9 +3,9 @@
     python benchmarks/inference.py [--shape llama-2-7b llama-3-8b ...] [--bits 2 3 4] [--threads 1 2]
         [--isa avx512vbmi avx2] [--prompt 128 512]
 
-Decode follows the first prompt of --prompt; its fraction is of the read bandwidth measured in turn with it.
-Prints a table, and writes JSON to --out. benchmarks/load.py measures loading, benchmarks/kernels.cpp the
-kernels alone.
+Decode follows the first prompt of --prompt, decode together one of 8 tokens; its fraction is of the read
+bandwidth measured in turn with it. Prints a table, and writes JSON to --out. benchmarks/load.py measures
+loading, benchmarks/kernels.cpp the kernels alone.
 """
 
 import argparse
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--isa", nargs="+", help="by default the best instruction set of this machine")
     parser.add_argument("--prompt", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--batch", type=int, default=8, help="sequences that decode together")
     parser.add_argument("--gen", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file; by default one in benchmarks/results/")
@@ -45,8 +46,8 @@ def main() -> None:
         scheme = QuantScheme(bits, args.group_size)
         with random_model(shape, bits, args.group_size, threads=threads, isa=isa) as model:
             runs = [
-                bench(model, scheme, prompt=prompt, gen=args.gen, repeat=args.repeat)
-                for prompt in args.prompt
+                bench(model, scheme, prompt=prompt, gen=args.gen, batch=batch, repeat=args.repeat)
+                for prompt, batch in (*((prompt, 1) for prompt in args.prompt), (8, args.batch))
             ]
         results.append(runs)
         rows.append(table_row(shape, runs))
@@ -65,6 +66,7 @@ def main() -> None:
 
 def table_row(shape: str, runs: list[BenchResult]) -> dict[str, Any]:
     """What one model did on one number of threads."""
+    *prompts, together = runs
     first = runs[0]
     return {
         "shape": shape,
@@ -74,7 +76,8 @@ def table_row(shape: str, runs: list[BenchResult]) -> dict[str, Any]:
         "decode_tok_s": first.decode_tok_s,
         "read_gb_s": first.read_bandwidth_gb_s,
         "decode_fraction": first.decode_roofline_fraction,
-        **{f"prefill_{run.prompt}_tok_s": run.prefill_tok_s for run in runs},
+        **{f"prefill_{run.prompt}_tok_s": run.prefill_tok_s for run in prompts},
+        f"decode_{together.batch}_together_tok_s": together.decode_tok_s,
     }
 
 

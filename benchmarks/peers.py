@@ -52,17 +52,23 @@ class Peer:
     model: Path
     token_bytes: int
 
-    def run(self, prompts: Sequence[int], gen: int, threads: int) -> dict[str, float]:
-        """One `llama-bench`, each test once after its own warm-up: tokens per second."""
+    @property
+    def label(self) -> str:
+        """Name, type and options."""
+        return f"{self.name} {self.kind} {self.options}".strip()
+
+    def run(self, prompts: Sequence[int], gen: int, threads: int) -> tuple[dict[str, float], str]:
+        """One `llama-bench`, each test once after a warm-up: tokens per second, and its commit."""
         command = [self.program, "-m", str(self.model), "-t", str(threads), "-r", "1", "-o", "json"]
         command += ["-p", ",".join(map(str, prompts)), "-n", str(gen), *shlex.split(self.options)]
         output = subprocess.run(
             command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ).stdout
         tests = json.loads(output[output.index("[\n") :])
-        return {
+        figures = {
             f"prefill_{test['n_prompt']}" if test["n_prompt"] else "decode": test["avg_ts"] for test in tests
         }
+        return figures, tests[0]["build_commit"]
 
 
 def main() -> None:
@@ -127,19 +133,20 @@ def compare(
 ) -> list[dict[str, Any]]:
     """One row per program: medians, and how many times as fast elutq is as that program."""
     runs: dict[str, list[dict[str, float]]] = {}
+    commits = {"elutq": source_commit()}
     bandwidth = []
     for _ in range(rounds):
         runs.setdefault("elutq", []).append(run_elutq(model, bits, prompts, gen))
         bandwidth.append(read_bandwidth(model.threads))
         for peer in peers:
-            runs.setdefault(f"{peer.name} {peer.kind}", []).append(peer.run(prompts, gen, model.threads))
+            figures, commits[peer.label] = peer.run(prompts, gen, model.threads)
+            runs.setdefault(peer.label, []).append(figures)
             bandwidth.append(read_bandwidth(model.threads))
     read_bytes = [model.bytes_per_token(prompts[0] + gen // 2), *(peer.token_bytes for peer in peers)]
-    options = ["", *(peer.options for peer in peers)]
     medians = {name: {key: median(r[key] for r in found) for key in found[0]} for name, found in runs.items()}
     rows = []
-    for (name, figures), nbytes, option in zip(medians.items(), read_bytes, options, strict=True):
-        row: dict[str, Any] = {"program": name, "options": option, "threads": model.threads}
+    for (name, figures), nbytes in zip(medians.items(), read_bytes, strict=True):
+        row: dict[str, Any] = {"program": name, "commit": commits[name], "threads": model.threads}
         row["mb_per_token"] = nbytes / 1e6
         for figure, own in medians["elutq"].items():
             row[f"{figure}_tok_s"] = figures[figure]

@@ -51,7 +51,9 @@ def main() -> None:
 
     report: dict[str, Any] = {"cpu": cpu_name(), "commit": source_commit(), "arguments": vars(args)}
     if args.url:
-        report["clients"] = measure_clients(lambda prompt: send_http(args.url, prompt, args.gen), args)
+        models = json.loads(call_http(args.url, "GET", "/v1/models"))
+        name = models["data"][0]["id"]
+        report["clients"] = measure_clients(lambda prompt: send_http(args.url, name, prompt, args.gen), args)
     else:
         with random_model(args.shape, args.bits, threads=args.threads) as model:
             scheduler = Scheduler(model, parallel=max(args.clients), cache_bytes=0)
@@ -104,12 +106,23 @@ def send_to_scheduler(scheduler: Scheduler, prompt: list[int], gen: int) -> int:
     return last[0].usage.completion_tokens
 
 
-def send_http(url: str, prompt: list[int], gen: int) -> int:
-    """One streamed request to a server."""
+def call_http(url: str, method: str, path: str, body: Any = None) -> bytes:
+    """The answer of a server."""
     address = urlsplit(url)
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=600)
+    connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    content = response.read()
+    connection.close()
+    if response.status != 200:
+        raise SystemExit(f"the server answered {response.status}: {content.decode()}")
+    return content
+
+
+def send_http(url: str, model: str, prompt: list[int], gen: int) -> int:
+    """One streamed request to a server."""
     body = {
-        "model": "any",
+        "model": model,
         "prompt": prompt,
         "max_tokens": gen,
         "temperature": 0,
@@ -117,17 +130,10 @@ def send_http(url: str, prompt: list[int], gen: int) -> int:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    if response.status != 200:
-        raise SystemExit(f"the server answered {response.status}: {response.read().decode()}")
-    tokens = 0
-    for line in response:
-        if line.startswith(b"data: {"):
-            usage = json.loads(line[6:]).get("usage")
-            tokens = usage["completion_tokens"] if usage else tokens
-    connection.close()
-    return int(tokens)
+    content = call_http(url, "POST", "/v1/completions", body)
+    events = [line[6:] for line in content.splitlines() if line.startswith(b"data: {")]
+    usages = [usage for event in events if (usage := json.loads(event).get("usage"))]
+    return int(usages[-1]["completion_tokens"])
 
 
 def measure_steps(model: LanguageModel, parallel: int, prompt: int, long: int) -> dict[str, float]:

@@ -188,7 +188,7 @@ async def load(url: str, process: psutil.Process, clients: int, minutes: float) 
         "cancelled": counted.get('elutq_requests_finished_total{reason="cancelled"}', 0),
         "latency_median": round(statistics.median(tally.latencies), 3),
         "latency_p99": round(statistics.quantiles(tally.latencies, n=100)[-1], 3),
-        "rss_mb": [round(statistics.median(part) / 1e6, 1) for part in (flat[:half], flat[half:])],
+        "rss_mb": [round(rss / 1e6, 1) for rss in samples[:: max(len(samples) // 10, 1)]],
         "rss_growth": round(growth, 4),
         "counts_at_end": dict(ending.counts),
         "seconds_to_end": round(time.monotonic() - terminated, 2),

@@ -170,9 +170,10 @@ def token_array(ids: Sequence[int] | NDArray[np.int32]) -> NDArray[np.int32]:
     """
     try:
         array = np.asarray(ids) if len(ids) else np.zeros(0, np.int32)
-        limits = np.iinfo(np.int32)
-        if array.ndim == 1 and array.dtype.kind in "iu" and not (array > limits.max).any():
-            return np.ascontiguousarray(np.maximum(array, limits.min), dtype=np.int32)
+        if array.ndim == 1 and array.dtype.kind in "iu":
+            limits, wide = np.iinfo(np.int32), array.astype(np.int64)
+            if not (wide > limits.max).any():
+                return np.maximum(wide, limits.min).astype(np.int32)
     except (TypeError, ValueError):
         pass
     raise InvalidArgumentError("token ids must be a list of integers within the vocabulary")

@@ -48,7 +48,7 @@ def model_card(
     group = "whole rows" if settings["group_size"] == -1 else f"groups of {settings['group_size']} columns"
     known = "" if "license" in metadata else " The original model's license applies."
     commands = [
-        *(["elutq chat MODEL", "elutq serve MODEL"] if chat else []),
+        *(["elutq chat MODEL", "elutq serve MODEL        # pip install 'elutq[serve]'"] if chat else []),
         "elutq generate MODEL -p 'Once upon a time'",
     ]
     text = [

@@ -17,6 +17,7 @@ expect = pytest.importorskip("playwright.sync_api", reason="needs playwright: pi
 
 
 def send(page: Any, text: str) -> None:
+    expect(page.locator("#send")).to_be_enabled()
     page.locator("#input").fill(text)
     page.keyboard.press("Enter")
 
@@ -197,6 +198,39 @@ def test_a_model_without_a_chat_template_continues_text(page: Any, server: Any) 
     expect_text(page.locator(".text"), "A dog.")
 
 
+def test_reasoning_is_folded_and_not_sent_again(page: Any, server: Any) -> None:
+    gate = threading.Event()
+    server.say("<thi", "nk>\nHm, <b>hm</b>.\n", "</think>\n\n**Yes.**", gate=gate)
+    page.goto("/")
+    send(page, "Is it?")
+    expect_text(page.locator(".thought summary"), "Reasoning")
+    gate.set()
+    expect_text(answer(page).locator(".prose"), "Yes.")
+    page.locator(".thought summary").click()
+    expect_text(page.locator(".thought div"), "Hm, <b>hm</b>.")
+    expect_done(page)
+    server.say("Sure.")
+    send(page, "Sure?")
+    expect_text(answer(page).locator(".prose"), "Sure.")
+    assert [message["content"].strip() for message in server.asked[1][1]["messages"]][1] == "**Yes.**"
+
+
+def test_a_chat_does_not_go_on_with_a_model_that_cannot_chat(page: Any, server: Any) -> None:
+    server.say("Hello")
+    page.goto("/")
+    send(page, "Hi")
+    expect_text(answer(page).locator(".prose"), "Hello")
+    expect_done(page)
+    server.chat = False
+    page.reload()
+    send(page, "And now?")
+    expect(page.locator("#notice")).to_contain_text("can only continue a text")
+    page.get_by_role("button", name="New conversation").last.click()
+    server.say(" more")
+    send(page, "Once")
+    expect_text(page.locator(".text"), "Once more")
+
+
 def test_errors_say_what_to_do(page: Any, server: Any) -> None:
     page.goto("/")
     notice = page.locator("#notice")
@@ -326,8 +360,8 @@ def test_no_source_turns_text_into_html_or_names_another_site() -> None:
 
 @pytest.fixture
 def served() -> Iterator[str]:
-    """The address of `elutq serve`: the bundled model, which cannot chat, slow enough to be stopped."""
-    options = ("--port", "0", "--api-key", "secret", "--threads", "1", "--isa", "scalar")
+    """The address of `elutq serve`, with the bundled model, which cannot chat."""
+    options = ("--port", "0", "--api-key", "secret", "--threads", "1")
     command = [sys.executable, "-m", "elutq", "serve", str(bundled_model()), *options]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
@@ -349,6 +383,11 @@ def test_the_real_server(new_page: Callable[[str], Any], served: str) -> None:
     page.get_by_label("Temperature").fill("0")
     page.get_by_label("Longest answer").fill("500")
     page.get_by_role("button", name="Done").click()
+
+    # At 4,000 bytes a second the story takes some seconds: enough to see it grow and to stop it.
+    line = page.context.new_cdp_session(page)
+    speed = {"offline": False, "latency": 0, "downloadThroughput": 4000, "uploadThroughput": -1}
+    line.send("Network.emulateNetworkConditions", speed)
     page.get_by_role("button", name="Once upon a time").click()
     written = page.locator(".text .assistant")
     expect(written).to_contain_text(re.compile(r"\w+ \w+"))
@@ -356,6 +395,7 @@ def test_the_real_server(new_page: Callable[[str], Any], served: str) -> None:
     expect(written).to_contain_text(re.compile(f".{{{grown + 20},}}", re.DOTALL))
     page.keyboard.press("Escape")
     expect_text(page.locator(".note"), "Stopped.")
+    line.detach()
     story = page.locator(".text").text_content()
     page.reload()
     expect_text(page.locator(".text"), story)

@@ -11,6 +11,8 @@ from elutq.errors import InvalidArgumentError, MissingDependencyError
 if TYPE_CHECKING:
     import socket
 
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
 
 def serve(
     model: ModelArgument,
@@ -44,6 +46,10 @@ def serve(
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="Let pages of this origin call from a browser; may be repeated."),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Another name the server may be called by; may be repeated."),
+    ] = None,
     drain: Annotated[
         float, typer.Option(min=0, help="Seconds that running answers have to finish after SIGTERM.")
     ] = 30.0,
@@ -52,6 +58,7 @@ def serve(
     kv_cache: KvCacheOption = "fp16",
 ) -> None:
     """Serve a model by an OpenAI-compatible HTTP API, with a chat page at /."""
+    import ipaddress
     import logging
 
     try:
@@ -66,14 +73,17 @@ def serve(
     from elutq.runtime import load
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    key = _key(api_key, api_key_file)
+    listener = listen(host, port)
+    local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
     settings = Settings(
         model_name=name or (Path(model).resolve().name if Path(model).is_dir() else model),
-        api_key=_key(api_key, api_key_file),
+        api_key=key,
         request_seconds=request_timeout,
         body_bytes=max_body,
+        hosts=() if key is not None or not local else (*_LOCAL_NAMES, *(allowed_host or ())),
         cors_origins=tuple(cors_origin or ()),
     )
-    listener = listen(host, port)
     with (
         listener,
         load(model, threads=threads, isa=isa, kv_cache=kv_cache, context=context) as language_model,

@@ -7,7 +7,7 @@ from elutq import __version__
 from elutq.runtime import LanguageModel
 from elutq.server.chat import chat_routes
 from elutq.server.completions import completion_routes
-from elutq.server.errors import add_error_handlers
+from elutq.server.errors import ErrorBody, add_error_handlers
 from elutq.server.gate import Gate
 from elutq.server.info import info_routes
 from elutq.server.metrics import Metrics
@@ -52,6 +52,7 @@ def create_app(service: Service) -> FastAPI:
         description=f"OpenAI-compatible API of {service.settings.model_name}.",
         docs_url=None,
         redoc_url=None,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     for router in (chat_routes(service), completion_routes(service), info_routes(service), page_routes()):
         app.include_router(router)

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from elutq.errors import (
@@ -20,6 +21,21 @@ from elutq.errors import (
 )
 
 _log = logging.getLogger(__name__)
+
+
+class ErrorDetails(BaseModel):
+    """What went wrong, for people (`message`) and for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every response that is an error."""
+
+    error: ErrorDetails
 
 
 class ApiError(Exception):
@@ -50,7 +66,8 @@ class ApiError(Exception):
         """The object of the response, and of the last event of a stream that fails."""
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": str(self), "type": kind, "param": self._param, "code": self._code}}
+        details = ErrorDetails(message=str(self), type=kind, param=self._param, code=self._code)
+        return ErrorBody(error=details).model_dump()
 
     @property
     def response(self) -> JSONResponse:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import secrets
 import time
 
@@ -16,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 class Gate:
-    """ASGI middleware: key, media type, size and time limits, counting and logging of responses.
+    """ASGI middleware: host, key, media type, size and time limits, counting and logging of responses.
 
     A request with a body is read here, wholly, so that no endpoint waits for a slow client.
     """
@@ -68,6 +69,7 @@ class Gate:
     async def _admit(self, scope: Scope, receive: Receive) -> Receive:
         """The request's messages, if it may come in."""
         headers = Headers(scope=scope)
+        self._check_host(headers)
         if scope["path"] not in self._open_paths:
             self._check_key(headers)
         if scope["method"] != "POST":
@@ -82,6 +84,16 @@ class Gate:
         except ValueError as error:
             raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
         return _replay(body, receive)
+
+    def _check_host(self, headers: Headers) -> None:
+        hosts = self._service.settings.hosts
+        name = re.sub(r":\d*$", "", headers.get("host", "")).lower()
+        if hosts and name not in hosts:
+            raise ApiError(
+                403,
+                f"this server is not called {name!r:.100}; start it with --allowed-host, or with an API key",
+                code="unknown_host",
+            )
 
     def _check_key(self, headers: Headers) -> None:
         key = self._service.settings.api_key

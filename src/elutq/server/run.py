@@ -5,6 +5,7 @@ import logging
 import socket
 import time
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -13,6 +14,8 @@ from elutq.server.app import create_app
 from elutq.server.service import Service
 
 _log = logging.getLogger(__name__)
+#: Connections that may wait to be accepted.
+_BACKLOG = 2048
 #: For responses to be sent after their generations ended.
 _FLUSH_SECONDS = 5
 
@@ -64,7 +67,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to an address.
+    """A socket that takes connections at an address.
 
     Raises:
         InvalidArgumentError: the address cannot be used.
@@ -73,12 +76,18 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        return _bound(socket.socket(family, kind, protocol), address)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise InvalidArgumentError(
-            f"cannot listen on {host}:{port}: {reason}; choose another --port"
-        ) from None
+        raise InvalidArgumentError(f"cannot listen on {host}:{port}: {reason}; choose another") from None
+
+
+def _bound(listener: socket.socket, address: Any) -> socket.socket:
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
     return listener

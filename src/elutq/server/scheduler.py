@@ -253,8 +253,10 @@ class Scheduler:
     # ---- The engine's thread ------------------------------------------------------------------
 
     def _run(self) -> None:
-        while self._admit():
+        while True:
             try:
+                if not self._admit():
+                    return
                 self._step()
             except Exception as error:
                 _log.exception("a step failed; the requests in it end")

@@ -20,6 +20,8 @@ class Settings:
         request_seconds: most time for an answer, waiting included.
         body_bytes: largest request.
         body_seconds: most time for a request to arrive.
+        hosts: names under which the server may be called; none allows all. A page whose name was made to
+            resolve to this machine has the server's origin, to a browser, but not its name.
         cors_origins: origins whose pages may call from a browser; "*" is any.
     """
 
@@ -28,6 +30,7 @@ class Settings:
     request_seconds: float = 600.0
     body_bytes: int = 4 << 20
     body_seconds: float = 30.0
+    hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
 
 

@@ -216,6 +216,17 @@ def test_other_origins_may_call_only_if_they_are_named(live: Any, start: Callabl
     assert "access-control-allow-origin" not in other.headers
 
 
+def test_a_page_of_another_name_is_no_page_of_ours(start: Callable[..., Any]) -> None:
+    url = start(hosts=("localhost", "127.0.0.1", "[::1]")).url
+    for host in ("localhost", "LOCALHOST:80", "127.0.0.1:8000", "[::1]:8000", "[::1]"):
+        assert httpx.get(url + "/v1/models", headers={"Host": host}).status_code == 200
+    for host in ("evil.example", "localhost.evil.example:8000", "[::2]:1", ""):
+        for path in ("/", "/health", "/v1/models"):
+            answer = httpx.get(url + path, headers={"Host": host})
+            assert answer.status_code == 403
+            assert answer.json()["error"]["code"] == "unknown_host"
+
+
 # ---- Too many, too long ----------------------------------------------------------------------------------
 
 
@@ -246,6 +257,20 @@ def test_a_request_too_large_for_the_queue_takes_no_place_in_it(start: Callable[
     live.wait_for("elutq_requests_queued", 0)
     assert httpx.post(live.url + "/v1/completions", json={**BODY, "n": 3}).status_code == 200
     assert httpx.post(live.url + "/v1/completions", json={**BODY, "n": 4}).status_code == 400
+
+
+def test_a_silent_stream_is_kept_alive(live: Any, hold: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from elutq.server import streams
+
+    monkeypatch.setattr(streams, "_SILENCE_SECONDS", 0.05)
+    with httpx.stream(
+        "POST", live.url + "/v1/completions", json={**BODY, "stream": True}, timeout=30
+    ) as answer:
+        lines = answer.iter_lines()
+        assert next(lines) == ": working"
+        hold.go.set()
+        *_, last = (line for line in lines if line)
+    assert last == "data: [DONE]"
 
 
 def test_the_time_limit(start: Callable[..., Any], hold: Any) -> None:

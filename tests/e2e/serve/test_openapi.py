@@ -45,7 +45,7 @@ def request_check(cases: st.SearchStrategy[Any], url: str) -> Callable[[], None]
 
     @seed(5)
     @settings(
-        max_examples=40,
+        max_examples=20,
         deadline=None,
         database=None,
         phases=[Phase.generate],

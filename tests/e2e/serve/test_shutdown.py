@@ -14,6 +14,9 @@ from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
+
+from elutq.cli import app
 
 pytest.importorskip("fastapi")
 
@@ -131,6 +134,12 @@ def test_a_second_signal_ends_at_once(run: Callable[..., Process]) -> None:
             assert future.exception() is None or isinstance(future.exception(), httpx.HTTPError)
 
 
+def test_a_server_without_a_key_knows_its_names(run: Callable[..., Process]) -> None:
+    url = run("--allowed-host", "llm.example").url
+    for host, status in (("localhost", 200), ("llm.example:80", 200), ("other.example", 403)):
+        assert httpx.get(url + "/v1/models", headers={"Host": host}).status_code == status
+
+
 def test_a_key_from_a_file(run: Callable[..., Process], tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text("secret\n")
@@ -138,6 +147,8 @@ def test_a_key_from_a_file(run: Callable[..., Process], tmp_path: Path) -> None:
     headers = {"Authorization": "Bearer secret"}
     assert httpx.get(process.url + "/v1/models").status_code == 401
     assert httpx.get(process.url + "/v1/models", headers=headers).json()["data"][0]["id"] == "mine"
+    foreign = {**headers, "Host": "other.example"}
+    assert httpx.get(process.url + "/v1/models", headers=foreign).status_code == 200  # the key is enough
     process.process.send_signal(signal.SIGTERM)
     assert process.end() == 0
     assert "secret" not in "".join(process.log)
@@ -145,9 +156,8 @@ def test_a_key_from_a_file(run: Callable[..., Process], tmp_path: Path) -> None:
 
 def test_options_that_cannot_be(chat_folder: Path, tmp_path: Path) -> None:
     def complaint(*options: str) -> str:
-        command = [sys.executable, "-m", "elutq", "serve", str(chat_folder), *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 1
+        done = CliRunner().invoke(app, ["serve", str(chat_folder), *options])
+        assert done.exit_code == 1
         assert done.stderr.count("\n") == 1
         return done.stderr
 
@@ -155,7 +165,5 @@ def test_options_that_cannot_be(chat_folder: Path, tmp_path: Path) -> None:
     assert "cannot be read" in complaint("--api-key-file", str(tmp_path / "b"))
     assert "one line of printable ASCII" in complaint("--api-key", "")
     with socket.create_server(("127.0.0.1", 0)) as other:
-        assert "Address already in use; choose another --port" in complaint(
-            "--port", str(other.getsockname()[1])
-        )
+        assert "Address already in use; choose another" in complaint("--port", str(other.getsockname()[1]))
     assert "cannot listen on 192.0.2.1" in complaint("--host", "192.0.2.1")

@@ -1,9 +1,9 @@
 // The server's OpenAI-compatible interface, as far as the page uses it.
 
-/** What went wrong, in words for the reader. `kind` says what can be done about it. */
+/** What went wrong, in words for the reader. `kind` says what can be done; "new" is to begin a new conversation. */
 export class ServerError extends Error {
   /**
-   * @param {"offline" | "key" | "busy" | "context" | "broken" | "other"} kind
+   * @param {"offline" | "key" | "busy" | "new" | "broken" | "other"} kind
    * @param {string} message
    * @param {number} retryAfter seconds, where the server said when to try again
    */
@@ -46,7 +46,7 @@ async function errorOf(response) {
     case 503:
       return new ServerError("busy", message, Number(response.headers.get("Retry-After")) || 5);
     default:
-      return new ServerError(error?.code === "context_length_exceeded" ? "context" : "other", message);
+      return new ServerError(error?.code === "context_length_exceeded" ? "new" : "other", message);
   }
 }
 

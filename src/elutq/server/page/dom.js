@@ -28,9 +28,12 @@ export function icon(name) {
 
 /** A button that shows only an icon; `label` names it for screen readers and on hover. */
 export function iconButton(name, label, onclick, attributes = {}) {
-  return el("button", { type: "button", class: "icon-button", "aria-label": label, title: label, onclick, ...attributes },
-    icon(name));
+  const basics = { type: "button", class: "icon-button", "aria-label": label, title: label, onclick };
+  return el("button", { ...basics, ...attributes }, icon(name));
 }
+
+/** "1 token", "2 tokens". */
+export const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
 /** Whether there is a keyboard to write with, as far as can be told: not on a touch screen alone. */
 export const hasKeyboard = matchMedia("(hover: hover)").matches;

@@ -1,7 +1,7 @@
 // The page's one state, the conversation on show and the answers being written, and what the reader can do to it.
 
 import { fetchModel, ServerError, streamAnswer } from "./api.js";
-import { el, hasKeyboard, isSubmit } from "./dom.js";
+import { counted, el, hasKeyboard, isSubmit } from "./dom.js";
 import { copied, MessageView, splitThought, TextView } from "./messages.js";
 import { clearNotice, showMessage, showNotice } from "./notices.js";
 import { openSettings } from "./settings.js";
@@ -40,8 +40,10 @@ function draw() {
   messages.classList.toggle("empty", empty);
   thread.setAttribute("aria-busy", busy);
   get("#send").hidden = busy;
+  get("#send").disabled = !model.name;
   get("#stop").hidden = !busy;
-  input.placeholder = current.mode === "chat" ? "Message" : empty ? "Begin a text" : "Add to the text, or just continue";
+  const toText = empty ? "Begin a text" : "Add to the text, or just continue";
+  input.placeholder = current.mode === "chat" ? "Message" : toText;
   get("#send").title = current.mode === "chat" ? "Send (Enter)" : "Continue the text (Enter)";
   get("#hint").textContent = current.mode === "chat" ? "Answers can be wrong. Check what matters." :
     "This model has no chat template: it continues your text.";
@@ -122,7 +124,7 @@ function startNew() {
 
 /** Sends what the reader wrote; in a text, nothing means "go on". */
 function send(text) {
-  if (answering.has(current.id)) return;
+  if (answering.has(current.id) || !model.name) return;
   const last = current.messages.at(-1);
   if (current.mode === "text") {
     // Words that follow the model's words need a space between.
@@ -132,6 +134,7 @@ function send(text) {
   else return;
   if (current.messages.length === 0) return;
   input.value = "";
+  input.dispatchEvent(new Event("input"));
   current.title ||= titleOf(text);
   answer(current);
 }
@@ -153,6 +156,12 @@ function requestFor(conversation) {
 
 async function answer(conversation) {
   clearNotice();
+  if (conversation.mode === "chat" && !model.chat) {
+    draw();
+    const error = new ServerError("new", `${model.name} has no chat template: it can only continue a text.`);
+    showNotice(error, { startNew });
+    return;
+  }
   const body = requestFor(conversation);
   const message = { role: "assistant", content: "", tokens: 0, seconds: 0 };
   const controller = new AbortController();
@@ -201,7 +210,7 @@ async function answer(conversation) {
   answering.delete(conversation.id);
   if (!message.content) conversation.messages.splice(conversation.messages.indexOf(message), 1);
   if (conversations.includes(conversation)) save(conversation);
-  announce(failure ? "" : `Answer finished, ${message.tokens} tokens`);
+  announce(failure ? "" : `Answer finished, ${counted(message.tokens, "token")}`);
   if (current.id !== conversation.id) return;
   const follow = atEnd();
   if (message.content) viewsOf(conversation).at(-1).grow();
@@ -273,6 +282,12 @@ get("#composer").addEventListener("submit", (event) => {
 input.addEventListener("keydown", (event) => {
   if (isSubmit(event)) get("#composer").requestSubmit();
 });
+if (!CSS.supports("field-sizing", "content")) {
+  input.addEventListener("input", () => {
+    input.style.height = "auto";
+    input.style.height = `${input.scrollHeight}px`;
+  });
+}
 get("#stop").addEventListener("click", () => {
   answering.get(current.id)?.abort();
   focusInput();
@@ -305,7 +320,7 @@ get("#import-file").addEventListener("change", async ({ target }) => {
     const count = store.importConversations(await target.files[0].text());
     conversations = store.loadConversations();
     open(conversations[0]);
-    showMessage(`Imported ${count} conversation${count === 1 ? "" : "s"}.`);
+    showMessage(`Imported ${counted(count, "conversation")}.`);
   } catch (error) {
     showMessage(error.message);
   }

@@ -1,6 +1,6 @@
 // How messages look: a chat's bubbles and answers, and the one running text of a model that only continues.
 
-import { copyText, el, icon, iconButton, isSubmit } from "./dom.js";
+import { copyText, counted, el, icon, iconButton, isSubmit } from "./dom.js";
 import { MarkdownStream } from "./markdown.js";
 
 const NOTES = {
@@ -156,7 +156,7 @@ function progressOf(message) {
 
 function factsOf(message) {
   const finish = message.finish ?? "interrupted";
-  const facts = [message.tokens ? `${message.tokens} tokens` : null, speedText(message)].filter(Boolean);
+  const facts = [message.tokens ? counted(message.tokens, "token") : null, speedText(message)].filter(Boolean);
   return [
     NOTES[finish] ? el("span", { class: "note" }, NOTES[finish]) : null,
     facts.length ? el("span", { class: "facts" }, facts.join(" · ")) : null,

@@ -35,8 +35,8 @@ export function showNotice(error, { retry, startNew }) {
       countdown = setInterval(tick, 1000);
       break;
     }
-    case "context":
-      card(button("New conversation", startNew, "primary"), again());
+    case "new":
+      card(button("New conversation", startNew, "primary"));
       break;
     default:
       card(again());

@@ -21,7 +21,8 @@ export function loadConversations() {
 }
 
 export function newConversation(mode) {
-  return { id: crypto.getRandomValues(new Uint32Array(2)).join(""), title: "", mode, updated: Date.now(), messages: [] };
+  const id = crypto.getRandomValues(new Uint32Array(2)).join("");
+  return { id, title: "", mode, updated: Date.now(), messages: [] };
 }
 
 /** Throws a QuotaExceededError when the browser's space is full. */
