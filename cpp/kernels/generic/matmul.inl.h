@@ -19,8 +19,9 @@ template <int bits, int tokens>
 ELUTQ_INLINE void multiply_segment(const uint8_t* parameters, const uint8_t* planes, int64_t blocks,
                                    const TableView* tables, int64_t segment, int64_t first_block, float* acc) {
   constexpr int64_t kBlockBytes = bits * kStrips * kStripBytes;
-  constexpr int kTogether = tokens == 1 ? kStrips : 1;  // strips
-  if constexpr (tokens == 1) look_ahead<(bits + 1) * kTileRows * 2>(parameters);
+  // Strips of one pass: all, in the order of memory, while their sums leave registers for indices and tables.
+  constexpr int kTogether = bits * tokens <= 8 ? kStrips : 1;
+  look_ahead<(bits + 1) * kTileRows * 2>(parameters);
   // A pair's sum is found with 128 added; that of padding columns too, which is exactly 128.
   const Sums start = start_sums(static_cast<int>(blocks * (kBlockColumns / kSlotColumns / 2) * -128));
   unroll<kStrips / kTogether>([&](auto part) ELUTQ_FLAT {
@@ -33,7 +34,7 @@ ELUTQ_INLINE void multiply_segment(const uint8_t* parameters, const uint8_t* pla
     const uint8_t* entries[tokens];
     unroll<tokens>([&](auto t) ELUTQ_FLAT { entries[t] = tables[t].entries + first_block * kBlockEntries; });
     for (int64_t b = 0; b < blocks; ++b) {
-      if constexpr (tokens == 1) look_ahead<kBlockBytes>(strips);
+      look_ahead<kTogether * bits * kStripBytes>(strips);
       unroll<kTogether>([&](auto s) ELUTQ_FLAT {
         Lookup::template add_block<bits, tokens>(strips + s * bits * kStripBytes, entries, sums[s]);
       });
