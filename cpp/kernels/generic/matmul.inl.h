@@ -3,12 +3,22 @@
 namespace elutq {
 namespace {
 
-/// Touches `bytes` bytes, kLookAhead further on.
-template <int64_t bytes>
+/// How far ahead several tokens fetch weights, in bytes: a page.
+constexpr int64_t kFetchAhead = 4096;
+
+/// Sees to it that the memory after `from` is near when its turn comes, `bytes` bytes at a time. One or two tokens are
+/// faster than memory and touch the lines kLookAhead further on, which keeps the hardware prefetcher going. More tokens
+/// are slower than memory: their lines have the time to come from further away, into the second-level cache.
+template <int64_t bytes, int tokens>
 ELUTQ_INLINE void look_ahead(const uint8_t* from) {
   if constexpr (kLookAhead != 0) {
-    unroll<(bytes + kCacheLine - 1) / kCacheLine>([&](auto i)
-                                                      ELUTQ_FLAT { touch(from + kLookAhead + i * kCacheLine); });
+    unroll<(bytes + kCacheLine - 1) / kCacheLine>([&](auto i) ELUTQ_FLAT {
+      if constexpr (tokens <= 2) {
+        touch(from + kLookAhead + i * kCacheLine);
+      } else {
+        __builtin_prefetch(from + kFetchAhead + i * kCacheLine, 0, 2);
+      }
+    });
   }
 }
 
@@ -21,7 +31,7 @@ ELUTQ_INLINE void multiply_segment(const uint8_t* parameters, const uint8_t* pla
   constexpr int64_t kBlockBytes = bits * kStrips * kStripBytes;
   // Strips of one pass: all, in the order of memory, while their sums leave registers for indices and tables.
   constexpr int kTogether = bits * tokens <= 8 ? kStrips : 1;
-  look_ahead<(bits + 1) * kTileRows * 2>(parameters);
+  look_ahead<(bits + 1) * kTileRows * 2, tokens>(parameters);
   // A pair's sum is found with 128 added; that of padding columns too, which is exactly 128.
   const Sums start = start_sums(static_cast<int>(blocks * (kBlockColumns / kSlotColumns / 2) * -128));
   unroll<kStrips / kTogether>([&](auto part) ELUTQ_FLAT {
@@ -34,7 +44,7 @@ ELUTQ_INLINE void multiply_segment(const uint8_t* parameters, const uint8_t* pla
     const uint8_t* entries[tokens];
     unroll<tokens>([&](auto t) ELUTQ_FLAT { entries[t] = tables[t].entries + first_block * kBlockEntries; });
     for (int64_t b = 0; b < blocks; ++b) {
-      look_ahead<kTogether * bits * kStripBytes>(strips);
+      look_ahead<kTogether * bits * kStripBytes, tokens>(strips);
       unroll<kTogether>([&](auto s) ELUTQ_FLAT {
         Lookup::template add_block<bits, tokens>(strips + s * bits * kStripBytes, entries, sums[s]);
       });
