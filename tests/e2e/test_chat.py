@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -38,6 +39,8 @@ class Terminal:
             dimensions=(24, 200),
             encoding="utf-8",
             timeout=60,
+            # As from a shell: who runs the tests in the background ignores Ctrl-C, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.process.expect("Ctrl-D leaves")
 
