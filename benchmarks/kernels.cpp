@@ -105,18 +105,19 @@ std::string shape_figures(const HlqShape& shape) {
          figure("group_size", static_cast<double>(shape.group_size));
 }
 
-/// One token against `copies` of a matrix, one after the other: GB/s of packed weights.
-double decode_rate(const KernelTable& kernels, ThreadPool& pool, const HlqShape& shape, int64_t copies, int repeats) {
+/// `count` tokens against `copies` of a matrix, one after the other: GB/s of packed weights.
+double decode_rate(const KernelTable& kernels, ThreadPool& pool, const HlqShape& shape, int64_t count, int64_t copies,
+                   int repeats) {
   const auto first = random_packed(kernels, shape, pool);
   const int64_t bytes = kernels.packed_bytes(shape);
   AlignedBuffer<uint8_t> packed(static_cast<size_t>(copies * bytes));
   for (int64_t i = 0; i < copies; ++i) std::copy_n(first.data(), bytes, packed.data() + i * bytes);
-  const Tokens tokens(kernels, shape, 1);
-  std::vector<float> y(static_cast<size_t>(shape.out_features));
+  const Tokens tokens(kernels, shape, count);
+  std::vector<float> y(static_cast<size_t>(shape.out_features * count));
   const double seconds = median_seconds(repeats, [&] {
     for (int64_t i = 0; i < copies; ++i) {
       pool.run_ranges(shape.out_features, kernels.row_tile, [&](int64_t begin, int64_t end) {
-        kernels.matmul(shape, packed.data() + i * bytes, tokens.tables.data(), 1, begin, end, y.data(),
+        kernels.matmul(shape, packed.data() + i * bytes, tokens.tables.data(), count, begin, end, y.data(),
                        shape.out_features);
       });
     }
@@ -125,18 +126,20 @@ double decode_rate(const KernelTable& kernels, ThreadPool& pool, const HlqShape&
 }
 
 /// From memory, over many times what the caches hold: how near its speed.
-void bench_decode(const KernelTable& kernels, ThreadPool& pool, const HlqShape& shape) {
+void bench_decode(const KernelTable& kernels, ThreadPool& pool, const HlqShape& shape, int64_t count) {
   const int64_t copies = 1 + (int64_t{256} << 20) / kernels.packed_bytes(shape);
-  const double rate = decode_rate(kernels, pool, shape, copies, 7);
+  const double rate = decode_rate(kernels, pool, shape, count, copies, 7);
+  const double multiplied = static_cast<double>(shape.out_features * shape.in_features * count);
   const double bandwidth = read_bandwidth(pool, int64_t{512} << 20, 5) / 1e9;
-  print(kernels, "gemv, memory",
-        shape_figures(shape) + ", " + figure("gb_s", rate) + ", " + figure("read_bandwidth_gb_s", bandwidth) + ", " +
-            figure("fraction", rate / bandwidth));
+  print(kernels, "from memory",
+        shape_figures(shape) + ", " + figure("tokens", static_cast<double>(count)) + ", " + figure("gb_s", rate) +
+            ", " + figure("gmac_s", multiplied * rate / static_cast<double>(kernels.packed_bytes(shape))) + ", " +
+            figure("read_bandwidth_gb_s", bandwidth) + ", " + figure("fraction", rate / bandwidth));
 }
 
 void bench_decode_in_cache(const KernelTable& kernels, ThreadPool& pool, int bits) {
   const HlqShape shape{.out_features = 768 / bits / 64 * 64, .in_features = 4096, .bits = bits, .group_size = 128};
-  print(kernels, "gemv, L2", shape_figures(shape) + ", " + figure("gb_s", decode_rate(kernels, pool, shape, 1, 50)));
+  print(kernels, "gemv, L2", shape_figures(shape) + ", " + figure("gb_s", decode_rate(kernels, pool, shape, 1, 1, 50)));
 }
 
 #if defined(__x86_64__)
@@ -254,11 +257,12 @@ int main(int argc, char** argv) {
     if (only.empty() ? isa == "scalar" : isa != only) continue;
     const KernelTable& kernels = select_kernels(isa);
     for (const int bits : {1, 2, 3, 4}) {
-      for (const auto& [out, in] : kShapes) bench_decode(kernels, pool, {out, in, bits, 128});
+      for (const auto& [out, in] : kShapes) bench_decode(kernels, pool, {out, in, bits, 128}, 1);
+      for (const int64_t count : {2, 3, 4, 6, 8, 12}) bench_decode(kernels, pool, {11008, 4096, bits, 128}, count);
       bench_decode_in_cache(kernels, pool, bits);
       for (const auto& [out, in] : kShapes) bench_prefill(kernels, pool, {out, in, bits, 128}, 128);
     }
-    bench_decode(kernels, pool, {4096, 4096, 2, 32});
+    bench_decode(kernels, pool, {4096, 4096, 2, 32}, 1);
     bench_prefill(kernels, pool, {4096, 4096, 2, 128}, 8);
     bench_prefill(kernels, pool, {4096, 4096, 2, 128}, 512);
     bench_tables(kernels);

@@ -119,13 +119,13 @@ def bench(
             )
     random = np.random.default_rng(0)
     ids = random.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
-    _time_generation(model, [sequence[:8] for sequence in ids], min(gen, 4))
+    time_generation(model, [sequence[:8] for sequence in ids], min(gen, 4))
     deep = [] if context is None else [model.new_sequence() for _ in range(batch)]
     for sequence in deep:
         model.step([(sequence, random.integers(0, model.config.vocab_size, context).tolist())])
     prefill, decode, deep_decode, bandwidth = [], [], [], []
     for done in range(repeat):
-        prefill_seconds, decode_seconds = _time_generation(model, ids, gen)
+        prefill_seconds, decode_seconds = time_generation(model, ids, gen)
         prefill.append(batch * prompt / prefill_seconds)
         decode.append(batch * gen / decode_seconds)
         if context is not None:
@@ -164,13 +164,8 @@ def bench(
     )
 
 
-def time_generation(model: "LanguageModel", prompt: list[int], gen: int) -> tuple[float, float]:
-    """Seconds for the prompt, and for `gen` greedy tokens after it; a sequence of its own."""
-    return _time_generation(model, [prompt], gen)
-
-
-def _time_generation(model: "LanguageModel", prompts: list[list[int]], gen: int) -> tuple[float, float]:
-    """The same for several sequences that run together."""
+def time_generation(model: "LanguageModel", prompts: list[list[int]], gen: int) -> tuple[float, float]:
+    """Seconds for the prompts, and for `gen` greedy tokens after each; new sequences that run together."""
     sequences = [model.new_sequence() for _ in prompts]
     start = time.perf_counter()
     tokens = _step(model, sequences, prompts)

@@ -181,7 +181,7 @@ def decode_speeds(models: Sequence["LanguageModel"]) -> list[float]:
     seconds: list[list[float]] = [[] for _ in models]
     for _ in range(_SPEED_REPEATS):
         for own, model in zip(seconds, models, strict=True):
-            own.append(time_generation(model, prompt, _SPEED_TOKENS)[1])
+            own.append(time_generation(model, [prompt], _SPEED_TOKENS)[1])
     return [_SPEED_TOKENS / statistics.median(own) for own in seconds]
 
 

@@ -177,3 +177,10 @@ def token_array(ids: Sequence[int] | NDArray[np.int32]) -> NDArray[np.int32]:
     except (TypeError, ValueError):
         pass
     raise InvalidArgumentError("token ids must be a list of integers within the vocabulary")
+
+
+def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
+    """Number of tokens that both begin with."""
+    length = min(len(a), len(b))
+    different = np.flatnonzero(a[:length] != b[:length])
+    return int(different[0]) if len(different) else length

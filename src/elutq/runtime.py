@@ -16,7 +16,7 @@ from elutq import _core
 from elutq.architectures import EngineConfig, vectors
 from elutq.checkpoint import Checkpoint, read_generation_config
 from elutq.errors import InvalidArgumentError, TokenizerError
-from elutq.generation import Generation, GenerationRequest, Piece, token_array
+from elutq.generation import Generation, GenerationRequest, Piece, common_prefix, token_array
 from elutq.packing import HlqMatrix
 from elutq.sampling import SamplingOptions, engine_errors
 from elutq.scheme import QuantScheme
@@ -56,10 +56,8 @@ class PromptCache:
 
     def rewind(self, prompt: Sequence[int]) -> None:
         """Forget what `prompt` does not begin with, and its last token, whose logits are wanted."""
-        limit = min(len(self), len(prompt) - 1)
-        pairs = enumerate(zip(self._tokens[:limit], prompt, strict=False))
-        shared = next((i for i, (ours, theirs) in pairs if ours != theirs), limit)
-        self.sequence.truncate(shared)
+        held = token_array(self._tokens[: len(self)])
+        self.sequence.truncate(common_prefix(held, token_array(prompt)[:-1]))
 
     def extend(
         self, model: "LanguageModel", tokens: Sequence[int], all_logits: bool = False

@@ -3,8 +3,9 @@ import pytest
 from numpy.typing import NDArray
 
 from elutq.architectures import engine_config
+from elutq.generation import common_prefix
 from elutq.runtime import LanguageModel, SequenceState, random_model
-from elutq.server.prefix_cache import PrefixCache, common_prefix
+from elutq.server.prefix_cache import PrefixCache
 
 
 @pytest.fixture(scope="module")

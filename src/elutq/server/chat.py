@@ -1,6 +1,5 @@
 """POST /v1/chat/completions: conversations, tools, answers in a given format."""
 
-import asyncio
 import copy
 import json
 import secrets
@@ -8,17 +7,17 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from elutq.errors import InvalidArgumentError
 from elutq.generation import GenerationRequest
 from elutq.sampling import Token
-from elutq.server.job import Job, unless_disconnected
+from elutq.server.answers import respond
+from elutq.server.job import Job
 from elutq.server.logprobs import chat_logprobs
 from elutq.server.scheduler import Event
 from elutq.server.schemas import ChatBody, Message, NamedTool
 from elutq.server.service import Service
-from elutq.server.streams import EventStream, now
+from elutq.server.streams import now
 from elutq.server.tools import ToolCall, ToolFormat, ToolParser, tool_format
 from elutq.server.vocabulary import GrammarConstraint
 
@@ -32,12 +31,7 @@ def chat_routes(service: Service) -> APIRouter:
         """Answer a conversation."""
         service.check_model(body.model)
         service.check_choices(body.n)
-        answer = _Answer(service, body)
-        job = Job(service, await asyncio.to_thread(answer.requests))
-        if body.stream:
-            return EventStream(job, answer.chunks(job))
-        with job:
-            return JSONResponse(await unless_disconnected(request, answer.whole(job)))
+        return await respond(service, _Answer(service, body), request, stream=body.stream)
 
     return router
 

@@ -1,21 +1,20 @@
 """POST /v1/completions: plain prompts."""
 
-import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from elutq.errors import InvalidArgumentError
 from elutq.generation import GenerationRequest
-from elutq.server.job import Job, unless_disconnected
+from elutq.server.answers import respond
+from elutq.server.job import Job
 from elutq.server.logprobs import CompletionLogprobs
 from elutq.server.scheduler import Event
 from elutq.server.schemas import CompletionBody
 from elutq.server.service import Service
-from elutq.server.streams import EventStream, now
+from elutq.server.streams import now
 
 
 def completion_routes(service: Service) -> APIRouter:
@@ -27,12 +26,7 @@ def completion_routes(service: Service) -> APIRouter:
         """Continue one or several texts."""
         service.check_model(body.model)
         service.check_choices(len(body.prompts) * body.n)
-        answer = _Answer(service, body)
-        job = Job(service, await asyncio.to_thread(answer.requests))
-        if body.stream:
-            return EventStream(job, answer.chunks(job))
-        with job:
-            return JSONResponse(await unless_disconnected(request, answer.whole(job)))
+        return await respond(service, _Answer(service, body), request, stream=body.stream)
 
     return router
 

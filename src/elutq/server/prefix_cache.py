@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from elutq.generation import common_prefix
 from elutq.runtime import SequenceState
 
 #: Computing fewer tokens again costs less than it is worth.
@@ -76,10 +77,3 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget everything."""
         self._entries.clear()
-
-
-def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
-    """Number of tokens that both begin with."""
-    length = min(len(a), len(b))
-    different = np.flatnonzero(a[:length] != b[:length])
-    return int(different[0]) if len(different) else length

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elutq.errors import ElutqError, InvalidArgumentError, QueueFullError, ShuttingDownError
-from elutq.generation import Generation, GenerationRequest
+from elutq.generation import Generation, GenerationRequest, common_prefix
 from elutq.runtime import LanguageModel, SequenceState
 from elutq.sampling import Token
 from elutq.server.pacing import PrefillPace
-from elutq.server.prefix_cache import FEWEST_TOKENS, PrefixCache, common_prefix
+from elutq.server.prefix_cache import FEWEST_TOKENS, PrefixCache
 
 _log = logging.getLogger(__name__)
 
