@@ -2,6 +2,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -10,6 +11,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -53,6 +55,13 @@ ModelConfig to_model_config(nb::handle config) {
   result.rope_inv_freq = nb::cast<std::vector<float>>(config.attr("rope_inv_freq"));
   result.rope_attention_factor = nb::cast<float>(config.attr("rope_attention_factor"));
   result.sliding_windows = nb::cast<std::vector<int64_t>>(config.attr("sliding_windows"));
+  result.sparse_layers = nb::cast<std::vector<bool>>(config.attr("sparse_layers"));
+  result.num_experts = integer("num_experts");
+  result.num_experts_per_tok = integer("num_experts_per_tok");
+  result.moe_intermediate_size = integer("moe_intermediate_size");
+  result.norm_topk_prob = flag("norm_topk_prob");
+  result.moe_block = nb::cast<std::string>(config.attr("moe_block"));
+  result.expert_linears = nb::cast<std::array<std::string, 3>>(config.attr("expert_linears"));
   return result;
 }
 

@@ -29,14 +29,12 @@ void PackedLinear::multiply(const float* x, int64_t tokens, float* y) const {
   const std::array<const Linear*, 1> consumers = {&linear_};
   for (int64_t first = 0; first < tokens; first += kTokensAtOnce) {
     const int64_t count = std::min(tokens - first, kTokensAtOnce);
-    backend.pool->run_ranges(count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        std::copy_n(x + (first + t) * in_features(), in_features(), activations.row(t));
-        if (!backend.exact) activations.build(*backend.kernels, t, consumers);
-      }
+    for_each(backend, count, [&](int64_t t) {
+      std::copy_n(x + (first + t) * in_features(), in_features(), activations.row(t));
+      if (!backend.exact) activations.build(*backend.kernels, t, consumers);
     });
-    run_linears(backend, activations, count,
-                std::array<LinearCall, 1>{{{&linear_, y + first * out_features(), out_features()}}});
+    run_linears(backend, activations,
+                std::array<LinearCall, 1>{{{&linear_, {0, count}, y + first * out_features(), out_features()}}});
   }
 }
 

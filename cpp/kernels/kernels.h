@@ -193,6 +193,10 @@ struct KernelTable {
   void (*rope)(float* x, int64_t heads, int64_t head_dim, const float* cos, const float* sin);
   /// y += x.
   void (*add)(const float* x, int64_t count, float* y);
+  /// y = scale * x + y, rounded once.
+  void (*add_scaled)(const float* x, float scale, int64_t count, float* y);
+  /// x = e^(x - max(x)) * (1 / sum), in place; count at least 1.
+  void (*softmax)(float* x, int64_t count);
   /// y = gate / (1 + exp(-gate)) * up, elementwise. y may be gate.
   void (*silu_mul)(const float* gate, const float* up, int64_t count, float* y);
 

@@ -28,6 +28,16 @@ void ModelConfig::validate() const {
           "sliding_windows must have one value per layer");
   require(std::all_of(sliding_windows.begin(), sliding_windows.end(), [](int64_t window) { return window >= 0; }),
           "sliding_windows must not be negative");
+  require(static_cast<int64_t>(sparse_layers.size()) == num_hidden_layers,
+          "sparse_layers must have one value per layer");
+  if (has_experts()) {
+    require(num_experts_per_tok > 0 && num_experts_per_tok <= num_experts,
+            "num_experts_per_tok must be from 1 to num_experts");
+    require(moe_intermediate_size > 0, "moe_intermediate_size must be positive");
+  } else {
+    require(std::none_of(sparse_layers.begin(), sparse_layers.end(), [](bool sparse) { return sparse; }),
+            "sparse_layers need num_experts");
+  }
 }
 
 }  // namespace elutq

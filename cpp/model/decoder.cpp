@@ -26,15 +26,18 @@ Decoder::Decoder(const Weights& weights, const Backend& backend)
       attended_(kChunkTokens, config_.attention().q_size()),
       gated_(kChunkTokens, config_.intermediate_size) {
   weights.check_complete();
-  if (backend.exact) return;
-  normalized_.reserve_tables(weights.lm_head());
+  if (!backend.exact) reserve_tables();
+  if (config_.has_experts()) sparse_mlp_.emplace(weights, backend, kChunkTokens, normalized_);
+}
+
+void Decoder::reserve_tables() {
+  normalized_.reserve_tables(weights_.lm_head());
   for (int64_t i = 0; i < config_.num_hidden_layers; ++i) {
-    const LayerWeights& layer = weights.layer(i);
-    for (const Linear* linear : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.gate_proj, &layer.up_proj}) {
-      normalized_.reserve_tables(*linear);
-    }
+    const LayerWeights& layer = weights_.layer(i);
+    for (const Linear* linear : {&layer.q_proj, &layer.k_proj, &layer.v_proj}) normalized_.reserve_tables(*linear);
+    for (const Linear* linear : layer.mlp_readers()) normalized_.reserve_tables(*linear);
     attended_.reserve_tables(layer.o_proj);
-    gated_.reserve_tables(layer.down_proj);
+    if (!layer.is_sparse()) gated_.reserve_tables(layer.mlp.down_proj);
   }
 }
 
@@ -78,7 +81,7 @@ void Decoder::check(std::span<const StepItem> items) const {
 
 float* Decoder::forward(std::span<const Row> rows, float* logits) {
   const auto tokens = static_cast<int64_t>(rows.size());
-  for_each_token(tokens, [&](int64_t t) {
+  for_each(backend_, tokens, [&](int64_t t) {
     weights_.embed_tokens().read_row(*backend_.kernels, rows[t].token, hidden_.data() + t * config_.hidden_size);
     const int64_t half = config_.head_dim / 2;
     rotary_angles(config_.rope_inv_freq, config_.rope_attention_factor, rows[t].position, cos_.data() + t * half,
@@ -86,7 +89,11 @@ float* Decoder::forward(std::span<const Row> rows, float* logits) {
   });
   for (int64_t i = 0; i < config_.num_hidden_layers; ++i) {
     attend(rows, i);
-    feed_forward(tokens, weights_.layer(i));
+    if (weights_.layer(i).is_sparse()) {
+      feed_forward_sparse(tokens, weights_.layer(i));
+    } else {
+      feed_forward(tokens, weights_.layer(i));
+    }
   }
   return head(rows, logits);
 }
@@ -101,16 +108,16 @@ void Decoder::attend(std::span<const Row> rows, int64_t layer_index) {
   const int64_t kv_size = config_.attention().kv_size();
 
   const std::array<const Linear*, 3> readers = {&layer.q_proj, &layer.k_proj, &layer.v_proj};
-  for_each_token(tokens, [&](int64_t t) {
+  for_each(backend_, tokens, [&](int64_t t) {
     normalize(hidden_.data() + t * hidden, layer.input_layernorm, normalized_, t, readers);
   });
-  run_linears(backend_, normalized_, tokens,
-              std::array<LinearCall, 3>{{{&layer.q_proj, q_.data(), q_size},
-                                         {&layer.k_proj, k_.data(), kv_size},
-                                         {&layer.v_proj, v_.data(), kv_size}}});
+  run_linears(backend_, normalized_,
+              std::array<LinearCall, 3>{{{&layer.q_proj, {0, tokens}, q_.data(), q_size},
+                                         {&layer.k_proj, {0, tokens}, k_.data(), kv_size},
+                                         {&layer.v_proj, {0, tokens}, v_.data(), kv_size}}});
 
   // Every key and value of the chunk is in its cache before any token looks.
-  for_each_token(tokens, [&](int64_t t) {
+  for_each(backend_, tokens, [&](int64_t t) {
     float* q = q_.data() + t * q_size;
     float* k = k_.data() + t * kv_size;
     const float* v = v_.data() + t * kv_size;
@@ -139,11 +146,11 @@ void Decoder::attend(std::span<const Row> rows, int64_t layer_index) {
   attention_.run(q_.data(), runs_, config_.sliding_windows[layer_index], attended_.row(0));
 
   const std::array<const Linear*, 1> output = {&layer.o_proj};
-  for_each_token(tokens, [&](int64_t t) {
+  for_each(backend_, tokens, [&](int64_t t) {
     if (!backend_.exact) attended_.build(kernels, t, output);
   });
-  run_linears(backend_, attended_, tokens,
-              std::array<LinearCall, 1>{{{&layer.o_proj, projected_.data(), hidden, hidden_.data()}}});
+  run_linears(backend_, attended_,
+              std::array<LinearCall, 1>{{{&layer.o_proj, {0, tokens}, projected_.data(), hidden, hidden_.data()}}});
 }
 
 void Decoder::feed_forward(int64_t tokens, const LayerWeights& layer) {
@@ -151,20 +158,28 @@ void Decoder::feed_forward(int64_t tokens, const LayerWeights& layer) {
   const int64_t hidden = config_.hidden_size;
   const int64_t intermediate = config_.intermediate_size;
 
-  const std::array<const Linear*, 2> readers = {&layer.gate_proj, &layer.up_proj};
-  for_each_token(tokens, [&](int64_t t) {
+  const std::array<const Linear*, 2> readers = {&layer.mlp.gate_proj, &layer.mlp.up_proj};
+  for_each(backend_, tokens, [&](int64_t t) {
     normalize(hidden_.data() + t * hidden, layer.post_attention_layernorm, normalized_, t, readers);
   });
-  run_linears(backend_, normalized_, tokens,
+  run_linears(backend_, normalized_,
               std::array<LinearCall, 2>{
-                  {{&layer.gate_proj, gated_.row(0), intermediate}, {&layer.up_proj, up_.data(), intermediate}}});
-  const std::array<const Linear*, 1> output = {&layer.down_proj};
-  for_each_token(tokens, [&](int64_t t) {
+                  {{&layer.mlp.gate_proj, {0, tokens}, gated_.row(0), intermediate}, {&layer.mlp.up_proj, {0, tokens}, up_.data(), intermediate}}});
+  const std::array<const Linear*, 1> output = {&layer.mlp.down_proj};
+  for_each(backend_, tokens, [&](int64_t t) {
     kernels.silu_mul(gated_.row(t), up_.data() + t * intermediate, intermediate, gated_.row(t));
     if (!backend_.exact) gated_.build(kernels, t, output);
   });
-  run_linears(backend_, gated_, tokens,
-              std::array<LinearCall, 1>{{{&layer.down_proj, projected_.data(), hidden, hidden_.data()}}});
+  run_linears(backend_, gated_,
+              std::array<LinearCall, 1>{{{&layer.mlp.down_proj, {0, tokens}, projected_.data(), hidden, hidden_.data()}}});
+}
+
+void Decoder::feed_forward_sparse(int64_t tokens, const LayerWeights& layer) {
+  const std::vector<const Linear*> readers = layer.mlp_readers();
+  for_each(backend_, tokens, [&](int64_t t) {
+    normalize(hidden_.data() + t * config_.hidden_size, layer.post_attention_layernorm, normalized_, t, readers);
+  });
+  sparse_mlp_->run(layer, normalized_, tokens, hidden_.data());
 }
 
 float* Decoder::head(std::span<const Row> rows, float* logits) {
@@ -177,21 +192,14 @@ float* Decoder::head(std::span<const Row> rows, float* logits) {
     ++wanted;
   }
   const std::array<const Linear*, 1> reader = {&weights_.lm_head()};
-  for_each_token(wanted, [&](int64_t t) {
+  for_each(backend_, wanted, [&](int64_t t) {
     normalize(hidden_.data() + t * config_.hidden_size, weights_.norm(), normalized_, t, reader);
   });
   if (wanted > 0) {
-    run_linears(backend_, normalized_, wanted,
-                std::array<LinearCall, 1>{{{&weights_.lm_head(), logits, config_.vocab_size}}});
+    run_linears(backend_, normalized_,
+                std::array<LinearCall, 1>{{{&weights_.lm_head(), {0, wanted}, logits, config_.vocab_size}}});
   }
   return logits + wanted * config_.vocab_size;
-}
-
-template <typename Function>
-void Decoder::for_each_token(int64_t tokens, const Function& function) {
-  backend_.pool->run_ranges(tokens, 1, [&function](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) function(t);
-  });
 }
 
 void Decoder::normalize(const float* x, const std::vector<float>& weight, Activations& out, int64_t token,

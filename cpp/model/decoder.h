@@ -1,11 +1,13 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "base/aligned.h"
 #include "model/kv_cache.h"
+#include "model/sparse_mlp.h"
 #include "model/weights.h"
 #include "ops/attention.h"
 #include "ops/linear.h"
@@ -48,14 +50,14 @@ class Decoder {
     bool wants_logits;
   };
 
+  void reserve_tables();
   void check(std::span<const StepItem> items) const;
   /// Returns where the next row of logits goes.
   float* forward(std::span<const Row> rows, float* logits);
   void attend(std::span<const Row> rows, int64_t layer);
   void feed_forward(int64_t tokens, const LayerWeights& layer);
+  void feed_forward_sparse(int64_t tokens, const LayerWeights& layer);
   float* head(std::span<const Row> rows, float* logits);
-  template <typename Function>
-  void for_each_token(int64_t tokens, const Function& function);
   void normalize(const float* x, const std::vector<float>& weight, Activations& out, int64_t token,
                  std::span<const Linear* const> consumers) const;
 
@@ -76,6 +78,7 @@ class Decoder {
   Activations normalized_;          // hidden_size
   Activations attended_;            // q_size
   Activations gated_;               // intermediate_size
+  std::optional<SparseMlp> sparse_mlp_;
   std::vector<Row> rows_;           // of the whole step
   std::vector<AttentionRun> runs_;  // of a chunk: its tokens by sequence
 };

@@ -8,7 +8,6 @@ namespace elutq {
 Weights::Weights(const ModelConfig& config, const Backend& backend) : config_(config), backend_(backend) {
   config.validate();
   const int64_t hidden = config.hidden_size;
-  const int64_t intermediate = config.intermediate_size;
   const int64_t q_size = config.attention().q_size();
   const int64_t kv_size = config.attention().kv_size();
 
@@ -29,10 +28,33 @@ Weights::Weights(const ModelConfig& config, const Backend& backend) : config_(co
     add_linear(prefix + "self_attn.k_proj", layer.k_proj, kv_size, hidden, config.attention_bias_qkv);
     add_linear(prefix + "self_attn.v_proj", layer.v_proj, kv_size, hidden, config.attention_bias_qkv);
     add_linear(prefix + "self_attn.o_proj", layer.o_proj, hidden, q_size, config.attention_bias_o);
-    add_linear(prefix + "mlp.gate_proj", layer.gate_proj, intermediate, hidden, config.mlp_bias);
-    add_linear(prefix + "mlp.up_proj", layer.up_proj, intermediate, hidden, config.mlp_bias);
-    add_linear(prefix + "mlp.down_proj", layer.down_proj, hidden, intermediate, config.mlp_bias);
+    if (!config.sparse_layers[i]) {
+      add_mlp(prefix + "mlp.", {"gate_proj", "up_proj", "down_proj"}, layer.mlp, config.intermediate_size,
+              config.mlp_bias);
+      continue;
+    }
+    const std::string block = prefix + config.moe_block + ".";
+    add_linear(block + "gate", layer.router, config.num_experts, hidden, false);
+    layer.experts.resize(config.num_experts);
+    for (int64_t e = 0; e < config.num_experts; ++e) {
+      add_mlp(block + "experts." + std::to_string(e) + ".", config.expert_linears, layer.experts[e],
+              config.moe_intermediate_size, false);
+    }
   }
+}
+
+std::vector<const Linear*> LayerWeights::mlp_readers() const {
+  if (!is_sparse()) return {&mlp.gate_proj, &mlp.up_proj};
+  std::vector<const Linear*> readers;
+  for (const MlpWeights& expert : experts) readers.insert(readers.end(), {&expert.gate_proj, &expert.up_proj});
+  return readers;
+}
+
+void Weights::add_mlp(const std::string& prefix, const std::array<std::string, 3>& names, MlpWeights& mlp,
+                      int64_t intermediate, bool bias) {
+  add_linear(prefix + names[0], mlp.gate_proj, intermediate, config_.hidden_size, bias);
+  add_linear(prefix + names[1], mlp.up_proj, intermediate, config_.hidden_size, bias);
+  add_linear(prefix + names[2], mlp.down_proj, config_.hidden_size, intermediate, bias);
 }
 
 void Weights::add_linear(const std::string& name, Linear& linear, int64_t out_features, int64_t in_features,
@@ -100,6 +122,11 @@ int64_t Weights::bytes_per_token() const {
     if (linear != &embed_tokens_ || config_.tie_word_embeddings) bytes += linear->bytes();
   }
   for (const auto& [name, slot] : vectors_) bytes += slot.size * 4;
+  for (const LayerWeights& layer : layers_) {
+    int64_t experts = 0;
+    for (const auto& [gate, up, down] : layer.experts) experts += gate.bytes() + up.bytes() + down.bytes();
+    if (layer.is_sparse()) bytes -= experts - experts / config_.num_experts * config_.num_experts_per_tok;
+  }
   return bytes;
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -13,11 +14,23 @@
 
 namespace elutq {
 
+/// down_proj(silu(gate_proj(x)) * up_proj(x)): the feed-forward of a dense layer, or one expert.
+struct MlpWeights {
+  Linear gate_proj, up_proj, down_proj;
+};
+
 struct LayerWeights {
   std::vector<float> input_layernorm;           ///< [hidden_size]
   std::vector<float> post_attention_layernorm;  ///< [hidden_size]
   std::vector<float> q_norm, k_norm;            ///< [head_dim], empty unless config.qk_norm
-  Linear q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj;
+  Linear q_proj, k_proj, v_proj, o_proj;
+  MlpWeights mlp;                   ///< of a dense layer
+  Linear router;                    ///< of a sparse layer: (num_experts, hidden_size), Hugging Face's `gate`
+  std::vector<MlpWeights> experts;  ///< of a sparse layer: [num_experts]
+
+  bool is_sparse() const { return !experts.empty(); }
+  /// The linears that read the normalized input of the feed-forward through lookup tables.
+  std::vector<const Linear*> mlp_readers() const;
 };
 
 /// The weights of one model, set one by one under their Hugging Face names, in any order.
@@ -49,7 +62,8 @@ class Weights {
 
   /// Memory held here: packed matrices, norms, biases. Dense matrices belong to their owners.
   int64_t memory_bytes() const;
-  /// Bytes of weights that one decoded token must read: every linear, norm and bias, and one row of the embedding.
+  /// Bytes of weights that one decoded token must read: every linear, norm and bias, one row of the embedding and, of
+  /// the experts, as many as a token is given to; where they differ in size, their mean.
   int64_t bytes_per_token() const;
 
  private:
@@ -58,6 +72,8 @@ class Weights {
     int64_t size;
   };
 
+  void add_mlp(const std::string& prefix, const std::array<std::string, 3>& names, MlpWeights& mlp,
+               int64_t intermediate, bool bias);
   void add_linear(const std::string& name, Linear& linear, int64_t out_features, int64_t in_features, bool bias);
   Linear& find_linear(std::string_view name);
 

@@ -27,6 +27,15 @@ std::string shape_text(int64_t out_features, int64_t in_features) {
 Activations::Activations(int64_t max_tokens, int64_t features)
     : max_tokens_(max_tokens), features_(features), values_(max_tokens * features) {}
 
+Activations::Activations(int64_t max_tokens, const Activations& source)
+    : Activations(max_tokens, source.features_) {
+  for (const Tables& tables : source.tables_) {
+    Tables& added = tables_.emplace_back();
+    added.segment_size = tables.segment_size;
+    added.views.resize(max_tokens);
+  }
+}
+
 void Activations::reserve_tables(const Linear& consumer) {
   if (consumer.in_features() != features_) {
     throw std::invalid_argument("a linear of " + std::to_string(consumer.in_features()) +
@@ -53,6 +62,11 @@ void Activations::build(const KernelTable& kernels, int64_t token, std::span<con
     });
     if (needed) kernels.build_tables(row(token), features_, tables.segment_size, tables.views[token]);
   }
+}
+
+void Activations::share(int64_t token, const Activations& source, int64_t source_token, bool values) {
+  for (size_t i = 0; i < tables_.size(); ++i) tables_[i].views[token] = source.tables_[i].views[source_token];
+  if (values) std::copy_n(source.row(source_token), features_, row(token));
 }
 
 const TableView* Activations::tables(int64_t segment_size) const {
@@ -119,54 +133,58 @@ void Linear::read_row(const KernelTable& kernels, int64_t row, float* weights) c
   }
 }
 
-void Linear::multiply(const Backend& backend, const Activations& x, int64_t tokens, int64_t row_begin, int64_t row_end,
+void Linear::multiply(const Backend& backend, const Activations& x, Rows tokens, int64_t row_begin, int64_t row_end,
                       float* y, int64_t y_stride) const {
   const KernelTable& kernels = *backend.kernels;
   if (!is_hlq()) {
-    kernels.matmul_dense(dense_type_, dense_, in_features(), x.row(0), in_features(), tokens, row_begin, row_end, y,
-                         y_stride);
+    kernels.matmul_dense(dense_type_, dense_, in_features(), x.row(tokens.begin), in_features(), tokens.count,
+                         row_begin, row_end, y, y_stride);
   } else if (backend.exact) {
-    kernels.matmul_exact(shape_, packed_.data(), x.row(0), in_features(), tokens, row_begin, row_end, y, y_stride);
+    kernels.matmul_exact(shape_, packed_.data(), x.row(tokens.begin), in_features(), tokens.count, row_begin, row_end,
+                         y, y_stride);
   } else {
-    kernels.matmul(shape_, packed_.data(), x.tables(shape_.segment_size()), tokens, row_begin, row_end, y, y_stride);
+    kernels.matmul(shape_, packed_.data(), x.tables(shape_.segment_size()) + tokens.begin, tokens.count, row_begin,
+                   row_end, y, y_stride);
   }
   if (!bias_.empty()) {
-    for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t t = 0; t < tokens.count; ++t) {
       kernels.add(bias_.data() + row_begin, row_end - row_begin, y + t * y_stride + row_begin);
     }
   }
 }
 
-void run_linears(const Backend& backend, const Activations& x, int64_t tokens, std::span<const LinearCall> calls) {
+void run_linears(const Backend& backend, const Activations& x, std::span<const LinearCall> calls) {
   const int64_t tile = backend.kernels->row_tile;
+  const auto cost_of = [](const LinearCall& call) { return call.linear->bytes() * call.tokens.count; };
   int64_t total = 0;
-  for (const LinearCall& call : calls) total += call.linear->bytes();
+  for (const LinearCall& call : calls) total += cost_of(call);
   const int threads = backend.pool->size();
   const int64_t wanted = threads == 1 ? 1 : threads * kPartsPerThread;
-  const int64_t parts = std::clamp<int64_t>(total * tokens / kMinPartCost, 1, wanted);
+  const int64_t parts = std::clamp<int64_t>(total / kMinPartCost, 1, wanted);
 
-  // The linears lie one after the other on a line of `total` bytes; part p computes the rows between two points of it.
+  // The linears lie one after the other on a line as long as the whole cost; part p computes the rows between two
+  // points of it.
   const auto run_part = [&](int64_t part) {
     const int64_t from = total * part / parts;
     const int64_t to = total * (part + 1) / parts;
     int64_t start = 0;
     for (const LinearCall& call : calls) {
       const int64_t rows = call.linear->out_features();
-      const int64_t bytes = call.linear->bytes();
+      const int64_t cost = cost_of(call);
       const auto row_at = [&](int64_t point) {
-        if (point >= start + bytes) return rows;
-        return std::max<int64_t>(point - start, 0) * rows / bytes / tile * tile;
+        if (point >= start + cost) return rows;
+        return std::max<int64_t>(point - start, 0) * rows / cost / tile * tile;
       };
       const int64_t begin = row_at(from);
       const int64_t end = row_at(to);
       if (begin < end) {
-        call.linear->multiply(backend, x, tokens, begin, end, call.y, call.y_stride);
-        for (int64_t t = 0; call.residual != nullptr && t < tokens; ++t) {
+        call.linear->multiply(backend, x, call.tokens, begin, end, call.y, call.y_stride);
+        for (int64_t t = 0; call.residual != nullptr && t < call.tokens.count; ++t) {
           backend.kernels->add(call.y + t * call.y_stride + begin, end - begin,
                                call.residual + t * call.y_stride + begin);
         }
       }
-      start += bytes;
+      start += cost;
     }
   };
   backend.pool->run(parts, [&run_part](int64_t part) { run_part(part); });

@@ -12,11 +12,19 @@ namespace elutq {
 
 class Linear;
 
+/// Consecutive rows of activations.
+struct Rows {
+  int64_t begin = 0;
+  int64_t count = 0;
+};
+
 /// The inputs of linears, fp32 [tokens][features], and their lookup tables: built once, shared by every linear that
 /// reads them.
 class Activations {
  public:
   Activations(int64_t max_tokens, int64_t features);
+  /// Room for rows of `source`, for whose consumers tables are reserved, in another order: see share().
+  Activations(int64_t max_tokens, const Activations& source);
 
   int64_t features() const { return features_; }
   float* row(int64_t token) { return values_.data() + token * features_; }
@@ -26,6 +34,9 @@ class Activations {
   void reserve_tables(const Linear& consumer);
   /// Builds the tables of one token that `consumers` read. Different tokens may be built concurrently.
   void build(const KernelTable& kernels, int64_t token, std::span<const Linear* const> consumers);
+  /// Makes row `token` the one that `source`, as given to the constructor, holds at `source_token`: its tables are shared
+  /// and, where `values` are wanted, these copied. Different tokens may be shared concurrently.
+  void share(int64_t token, const Activations& source, int64_t source_token, bool values);
   /// Tables of all tokens, [max_tokens]; nullptr when no consumer asked for this segment size.
   const TableView* tables(int64_t segment_size) const;
 
@@ -72,10 +83,10 @@ class Linear {
 
   /// Row `row` as fp32 [in_features]: embedding lookup.
   void read_row(const KernelTable& kernels, int64_t row, float* weights) const;
-  /// y[t * y_stride + n] = sum_k w[n][k] x[t][k] + bias[n] for n in [row_begin, row_end), t in [0, tokens). HLQ needs
-  /// x built for this linear, but for exact backends. Ranges as KernelTable asks for.
-  void multiply(const Backend& backend, const Activations& x, int64_t tokens, int64_t row_begin, int64_t row_end,
-                float* y, int64_t y_stride) const;
+  /// y[t * y_stride + n] = sum_k w[n][k] x[tokens.begin + t][k] + bias[n] for n in [row_begin, row_end), t in
+  /// [0, tokens.count). HLQ needs x built for this linear, but for exact backends. Ranges as KernelTable asks for.
+  void multiply(const Backend& backend, const Activations& x, Rows tokens, int64_t row_begin, int64_t row_end, float* y,
+                int64_t y_stride) const;
 
  private:
   friend class Activations;
@@ -88,15 +99,17 @@ class Linear {
   std::vector<float> bias_;
 };
 
-/// One product of a group: y [tokens][out_features], rows y_stride apart.
+/// One product of a group: y [tokens.count][out_features], rows y_stride apart.
 struct LinearCall {
   const Linear* linear = nullptr;
+  Rows tokens;  ///< of the activations
   float* y = nullptr;
   int64_t y_stride = 0;
   float* residual = nullptr;  ///< when set, same layout as y: residual += y
 };
 
-/// Runs several linears over the same activations in one parallel region, rows split over the threads by bytes.
-void run_linears(const Backend& backend, const Activations& x, int64_t tokens, std::span<const LinearCall> calls);
+/// Runs several linears over rows of the same activations in one parallel region, split over the threads by the work:
+/// weight bytes x tokens.
+void run_linears(const Backend& backend, const Activations& x, std::span<const LinearCall> calls);
 
 }  // namespace elutq

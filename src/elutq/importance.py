@@ -9,8 +9,8 @@ E[n_k^2] = 1:
     o_proj     x_k averages a channel of v       v = V (g n) + b    a_k = sum_j (V_kj g_j)^2 + b_k^2
     down_proj  x_k = silu(gate_k) up_k           leading order      a_k = E[gate_k^2] E[up_k^2], each as for v
 
-Only ratios inside a group of columns count. Real activations are not isotropic, so this is an estimate; what
-it gains is in `docs/accuracy.md`.
+An expert is taken for an MLP that sees every token. Only ratios inside a group of columns count. Real
+activations are not isotropic, so this is an estimate; what it gains is in `docs/accuracy.md`.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from elutq.architectures import FINAL_NORM, HEAD, EngineConfig
+from elutq.architectures import FINAL_NORM, EngineConfig, kind_of, mlp_of
 from elutq.errors import TensorValueError
 
 Read = Callable[[str, slice], NDArray[np.float32]]
@@ -42,23 +42,23 @@ def input_importance(module: str, engine: EngineConfig, read: Read) -> NDArray[n
     Raises:
         TensorValueError: a tensor that the estimate is made from holds NaN or infinity.
     """
-    block, _, kind = module.rpartition(".")
-    layer = block.rpartition(".")[0]
+    kind = kind_of(module)
+    layer = ".".join(module.split(".")[:3])  # model.layers.N
     if kind in ("q_proj", "k_proj", "v_proj"):
         energy = _after_norm(f"{layer}.input_layernorm.weight", read)
     elif kind in ("gate_proj", "up_proj"):
         energy = _after_norm(f"{layer}.post_attention_layernorm.weight", read)
-    elif module == HEAD:
+    elif kind == "head":
         energy = _after_norm(FINAL_NORM, read)
     elif kind == "o_proj":
         norm, bias = f"{layer}.input_layernorm.weight", engine.attention_bias_qkv
-        value = _after_linear(f"{block}.v_proj", bias, norm, read)
+        value = _after_linear(f"{layer}.self_attn.v_proj", bias, norm, read)
         shared = engine.num_attention_heads // engine.num_key_value_heads
         energy = value.reshape(-1, engine.head_dim).repeat(shared, axis=0).reshape(-1)
-    elif kind == "down_proj":
+    elif mlp := mlp_of(module):
+        gate, up, _ = mlp
         norm, bias = f"{layer}.post_attention_layernorm.weight", engine.mlp_bias
-        gate = _after_linear(f"{block}.gate_proj", bias, norm, read)
-        energy = gate * _after_linear(f"{block}.up_proj", bias, norm, read)
+        energy = _after_linear(gate, bias, norm, read) * _after_linear(up, bias, norm, read)
     else:
         return None
     largest = energy.max()

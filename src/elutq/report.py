@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from elutq.architectures import EMBEDDING, HEAD
+from elutq.architectures import kind_of
 from elutq.checkpoint import Checkpoint, Part, TensorInfo, model_parts
 
-_OUTER_KINDS = {EMBEDDING: "embedding", HEAD: "head"}
+_OUTER_KINDS = ("embedding", "head")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TensorSummary:
 
     Attributes:
         name: module name of a matrix, full tensor name of a norm or bias.
-        kind: "q_proj", "k_proj", ... for block linears; "embedding", "head", "norm" or "bias".
+        kind: of a matrix as `architectures.kind_of` has it, "q_proj" for example; else "norm" or "bias".
         shape: of the original.
         params: number of weights.
         bits: bit planes; 16 or 32 if it is not quantized.
@@ -104,7 +104,7 @@ def summarize(
     by_kind: dict[str, list[TensorSummary]] = {}
     for tensor in tensors:
         by_kind.setdefault(tensor.kind, []).append(tensor)
-    in_blocks = [tensor for tensor in tensors if len(tensor.shape) == 2 and tensor.name not in _OUTER_KINDS]
+    in_blocks = [tensor for tensor in tensors if len(tensor.shape) == 2 and tensor.kind not in _OUTER_KINDS]
     return ModelSummary(
         params=sum(tensor.params for tensor in tensors),
         nbytes=sum(tensor.nbytes for tensor in tensors),
@@ -143,6 +143,9 @@ def describe(source: str | os.PathLike[str]) -> dict[str, Any]:
             "head_dim": engine.head_dim,
             "max_position_embeddings": engine.max_position_embeddings,
             "tie_word_embeddings": engine.tie_word_embeddings,
+            "num_experts": engine.num_experts,
+            "num_experts_per_tok": engine.num_experts_per_tok,
+            "moe_intermediate_size": engine.moe_intermediate_size,
             **asdict(summary),
         }
 
@@ -186,4 +189,4 @@ def _bits_per_weight(tensors: list[TensorSummary]) -> float:
 def _kind(part: Part) -> str:
     if len(part.shape) == 1:
         return "bias" if part.name.endswith(".bias") else "norm"
-    return _OUTER_KINDS.get(part.name, part.name.rpartition(".")[2])
+    return kind_of(part.name)

@@ -20,7 +20,7 @@ from elutq.generation import Generation, GenerationRequest, Piece, common_prefix
 from elutq.packing import HlqMatrix
 from elutq.sampling import SamplingOptions, engine_errors
 from elutq.scheme import QuantScheme
-from elutq.shapes import random_linears, shape_config
+from elutq.shapes import random_linears, random_routers, shape_config
 from elutq.tokenizer import Tokenizer
 
 #: Prompt tokens that go through the model between two looks at Ctrl-C.
@@ -141,7 +141,7 @@ class LanguageModel:
         """Bytes that decoding one token must read when `context` positions are cached.
 
         Planes, scales and zeros of every linear, the head, norms, biases, one row of the embedding, and the
-        visible keys and values.
+        visible keys and values. Of a layer's experts only as many as a token is given to.
         """
         visible = sum(min(context, window) if window else context for window in self.config.sliding_windows)
         return self._live.weight_bytes_per_token + visible * self._live.kv_layer_bytes
@@ -427,6 +427,8 @@ def random_model(
     engine = _new_engine(config, isa, threads, exact, kv_cache)
     for name, matrix in random_linears(config, scheme, seed):
         _set_hlq(engine, name, matrix)
+    for name, weight in random_routers(config, seed):
+        _set_dense(engine, name, weight)
     for name, size in vectors(config):
         fill = 0.0 if name.endswith(".bias") else 1.0
         engine.set_vector(name, np.full(size, fill, np.float32))

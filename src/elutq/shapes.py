@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from elutq.architectures import EngineConfig, block_linears, engine_config, outer_linears
+from elutq.architectures import EngineConfig, block_linears, engine_config, outer_linears, routers
 from elutq.errors import InvalidArgumentError
 from elutq.packing import HlqMatrix
 from elutq.scheme import OUTER_SCHEME, QuantScheme
@@ -54,11 +55,26 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "llama-3.2-1b": _llama3((16, 2048, 8192, 32, 8), tied=True),
     "llama-3.2-3b": _llama3((28, 3072, 8192, 24, 8), tied=True),
     "mistral-7b": _config("mistral", (32, 4096, 14336, 32, 8), 32768, 32768, sliding_window=None),
+    "mixtral-8x7b": _config(
+        "mixtral", (32, 4096, 14336, 32, 8), 32000, 32768, num_local_experts=8, num_experts_per_tok=2
+    ),
     "qwen2.5-0.5b": _config("qwen2", (24, 896, 4864, 14, 2), 151936, 32768, tie_word_embeddings=True),
     "qwen2.5-7b": _config("qwen2", (28, 3584, 18944, 28, 4), 152064, 131072),
     "qwen3-0.6b": _qwen3((28, 1024, 3072, 16, 8), tied=True),
     "qwen3-1.7b": _qwen3((28, 2048, 6144, 16, 8), tied=True),
     "qwen3-8b": _qwen3((36, 4096, 12288, 32, 8), tied=False),
+    "qwen3-30b-a3b": _config(
+        "qwen3_moe",
+        (48, 2048, 6144, 32, 4),
+        151936,
+        40960,
+        head_dim=128,
+        rope_theta=1e6,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        norm_topk_prob=True,
+    ),
     "smollm-135m": _config("llama", (30, 576, 1536, 9, 3), 49152, 2048, tie_word_embeddings=True),
     "tinyllama-1.1b": _config("llama", (22, 2048, 5632, 32, 4), 32000, 2048),
 }
@@ -76,7 +92,7 @@ def shape_config(name: str) -> EngineConfig:
 
 
 def random_linears(config: EngineConfig, scheme: QuantScheme, seed: int) -> Iterator[tuple[str, HlqMatrix]]:
-    """Every linear of a model with random weights, by module name.
+    """Every quantized linear of a model with random weights, by module name.
 
     Args:
         config: the model.
@@ -87,6 +103,14 @@ def random_linears(config: EngineConfig, scheme: QuantScheme, seed: int) -> Iter
     for linears, linear_scheme in ((outer_linears(config), OUTER_SCHEME), (block_linears(config), scheme)):
         for name, out_features, in_features in linears:
             yield name, _random_matrix(random, out_features, in_features, linear_scheme)
+
+
+def random_routers(config: EngineConfig, seed: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Every router of a model with random weights, float32 (num_experts, hidden_size), by module name."""
+    random = np.random.Generator(np.random.SFC64(seed))
+    for name, out_features, in_features in routers(config):
+        weight = random.standard_normal((out_features, in_features), np.float32)
+        yield name, weight * np.float32(in_features**-0.5)
 
 
 def _random_matrix(

@@ -38,6 +38,7 @@ ModelConfig tiny_config() {
   config.qk_norm = true;
   config.rope_inv_freq = {1.0F, 0.1F, 0.01F, 0.001F};
   config.sliding_windows = {0, 20};
+  config.sparse_layers = {false, false};
   return config;
 }
 

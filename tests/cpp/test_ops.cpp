@@ -63,10 +63,10 @@ TEST_CASE("a group of linears gives each one's product, bias and residual, for a
     linears[2].set_dense(DenseType::kFloat32, dense.data(), nullptr);
     const Activations x = activations(values, kTokens, kIn);
     std::vector<float> y(kTokens * 70), z(kTokens * 33), u(kTokens * 50), residual(kTokens * 33, 10.0F);
-    run_linears(
-        backend, x, kTokens,
-        std::array<LinearCall, 3>{
-            {{&linears[0], y.data(), 70}, {&linears[1], z.data(), 33, residual.data()}, {&linears[2], u.data(), 50}}});
+    run_linears(backend, x,
+                std::array<LinearCall, 3>{{{&linears[0], {0, kTokens}, y.data(), 70},
+                                           {&linears[1], {0, kTokens}, z.data(), 33, residual.data()},
+                                           {&linears[2], {0, kTokens}, u.data(), 50}}});
     for (int64_t t = 0; t < kTokens; ++t) {
       const auto product = [&](const auto& weight, int64_t row) {
         double sum = 0;
@@ -118,7 +118,7 @@ TEST_CASE("tables are built per segment size and shared") {
   x.build(*backend.kernels, 1, consumers);
   for (size_t i = 0; i < linears.size(); ++i) {
     std::vector<float> y(2 * 64);
-    run_linears(backend, x, 2, std::array<LinearCall, 1>{{{&linears[i], y.data(), 64}}});
+    run_linears(backend, x, std::array<LinearCall, 1>{{{&linears[i], {0, 2}, y.data(), 64}}});
     double error = 0, norm = 0;
     for (int64_t t = 0; t < 2; ++t) {
       for (int64_t n = 0; n < 64; ++n) {

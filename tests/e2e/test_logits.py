@@ -72,13 +72,37 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "qwen3": {"model_type": "qwen3", "head_dim": 40, "tie_word_embeddings": True},
     "qwen3-untied": {"model_type": "qwen3", "head_dim": 8, "attention_bias": True},
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 24,
+        "num_experts": 7,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 72,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+    "qwen3-moe-tied": {
+        "model_type": "qwen3_moe",
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 40,
+        "decoder_sparse_step": 2,
+        "use_sliding_window": True,
+        "sliding_window": 19,
+        "tie_word_embeddings": True,
+    },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
 }
+
+
+MIXTURES = ("qwen3-moe", "qwen3-moe-tied", "mixtral")
 
 
 def random_transformer(name: str, dtype: Any = None) -> Any:
     """A transformers model with weights, norms and biases that all matter, rounded to `dtype`."""
     config = transformers.AutoConfig.for_model(**copy.deepcopy({**SMALL, **MODELS[name]}))
     config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(sum(name.encode()))
     with torch.no_grad():
@@ -98,6 +122,25 @@ def random_transformer(name: str, dtype: Any = None) -> Any:
 def save(model: Any, folder: Path, dtype: Any) -> Path:
     copy.deepcopy(model).to(dtype).save_pretrained(folder)
     return folder
+
+
+def stored_tensors(model: Any) -> dict[str, Any]:
+    """The model's tensors under the names they have on disk: of experts, views of what transformers fuses."""
+    tensors: dict[str, Any] = {}
+    for key, value in model.state_dict().items():
+        experts, _, name = key.rpartition(".")
+        if not experts.endswith(".experts"):
+            tensors[key] = value
+            continue
+        for expert, matrix in enumerate(value):
+            names, parts = ("down_proj",), (matrix,)
+            if name == "gate_up_proj":
+                names, parts = ("gate_proj", "up_proj"), matrix.chunk(2)
+            tensors |= {f"{experts}.{expert}.{n}.weight": p for n, p in zip(names, parts, strict=True)}
+    if model.config.model_type != "mixtral":
+        return tensors
+    renamed = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "mlp": "block_sparse_moe"}
+    return {".".join(renamed.get(word, word) for word in key.split(".")): v for key, v in tensors.items()}
 
 
 def reference_logits(model: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -141,7 +184,7 @@ def test_other_dtypes_match_transformers(dtype: str, tmp_path: Path) -> None:
         assert_close(model.logits(ids), reference_logits(reference, ids))
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3", "qwen3-moe", "mixtral"])
 def test_ragged_sequences_match_transformers(name: str, tmp_path: Path) -> None:
     reference = random_transformer(name, torch.bfloat16)
     with load(save(reference, tmp_path, torch.bfloat16), threads=2) as model:
@@ -186,9 +229,8 @@ def quantized(reference: Any, folder: Path, schemes: dict[str, QuantScheme]) -> 
     scheme = ModelScheme(default, {**blocks, **outside}, tuple(skipped))
     config["quantization_config"] = scheme.to_config()
     tensors: dict[str, NDArray[Any]] = {}
-    state = reference.state_dict()
     with torch.no_grad():
-        for key, value in state.items():
+        for key, value in stored_tensors(reference).items():
             module = key.removesuffix(".weight")
             if module in schemes:
                 matrix = hlq.fit(
@@ -199,7 +241,7 @@ def quantized(reference: Any, folder: Path, schemes: dict[str, QuantScheme]) -> 
                     f"{module}.{part}": getattr(matrix, part) for part in ("planes", "scales", "zeros")
                 }
             elif not (key == f"{HEAD}.weight" and reference.config.tie_word_embeddings):
-                tensors[key] = value.numpy()
+                tensors[key] = value.contiguous().numpy()
     folder.mkdir(exist_ok=True)
     from safetensors.numpy import save_file
 
@@ -224,7 +266,7 @@ def every_scheme(name: str, seed: int) -> dict[str, QuantScheme]:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("name", ["llama", "llama-odd-shapes", "mistral-window", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "llama-odd-shapes", "mistral-window", "qwen2", "qwen3", *MIXTURES])
 def test_exact_hlq_models_match_the_dequantized_model(name: str, isa: str, tmp_path: Path) -> None:
     reference = random_transformer(name)
     folder = quantized(reference, tmp_path / "hlq", every_scheme(name, seed=1))

@@ -51,6 +51,8 @@ constexpr KernelTable make_table(std::string_view isa) {
       .rms_norm = rms_norm,
       .rope = rope,
       .add = add,
+      .add_scaled = add_scaled,
+      .softmax = softmax,
       .silu_mul = silu_mul,
       .store_kv = store_kv,
       .attention = attention,

@@ -39,6 +39,18 @@ void add(const float* x, int64_t count, float* y) {
   for_each_run(count, [&](auto get, auto put) { put(get(y) + get(x), y); });
 }
 
+void add_scaled(const float* x, float scale, int64_t count, float* y) {
+  for_each_run(count, [&](auto get, auto put) { put(fma(splat(scale), get(x), get(y)), y); });
+}
+
+void softmax(float* x, int64_t count) {
+  float most;
+  float total;
+  softmax_weights(x, count, most, total);
+  const Floats inverse = splat(1.0f / total);
+  for_each_run(count, [&](auto get, auto put) { put(get(x) * inverse, x); });
+}
+
 void silu_mul(const float* gate, const float* up, int64_t count, float* y) {
   for_each_run(count, [&](auto get, auto put) {
     const Floats g = get(gate);

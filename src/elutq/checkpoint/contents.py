@@ -3,7 +3,15 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from elutq.architectures import HEAD, EngineConfig, LinearSpec, block_linears, outer_linears, vectors
+from elutq.architectures import (
+    HEAD,
+    EngineConfig,
+    LinearSpec,
+    block_linears,
+    outer_linears,
+    routers,
+    vectors,
+)
 from elutq.checkpoint.safetensors import TensorInfo, TensorSpec
 from elutq.errors import (
     ConfigError,
@@ -58,16 +66,16 @@ class Part:
 
 
 def linears(engine: EngineConfig) -> list[LinearSpec]:
-    """Every matrix of the model: embedding, block linears, and the head unless it is tied."""
+    """Every matrix of the model: embedding, block linears, routers, and the head unless it is tied."""
     embedding, *head = outer_linears(engine)
-    return [embedding, *block_linears(engine), *head]
+    return [embedding, *block_linears(engine), *routers(engine), *head]
 
 
 def module_schemes(engine: EngineConfig, scheme: ModelScheme | None) -> dict[str, QuantScheme]:
     """The quantized modules of a model, in model order, each with its scheme.
 
     Raises:
-        ConfigError: `scheme` names a module that the model does not have.
+        ConfigError: `scheme` names a module that the model does not have, or quantizes a router.
     """
     if scheme is None:
         return {}
@@ -78,6 +86,12 @@ def module_schemes(engine: EngineConfig, scheme: ModelScheme | None) -> dict[str
         if name != HEAD or name in scheme.overrides:
             raise ConfigError(
                 f"quantization_config names {name!r:.200}, which is no linear module of this model"
+            )
+    # A router is tiny, and an expert chosen in error costs more than its bits could save.
+    for router in routers(engine):
+        if router.name in scheme.overrides:
+            raise ConfigError(
+                f"quantization_config.modules names {router.name}, but a router is never quantized"
             )
     schemes = {
         name: scheme.for_block_linear(name) if name in blocks else scheme.overrides.get(name)

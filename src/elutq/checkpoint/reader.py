@@ -27,7 +27,8 @@ class Checkpoint:
         path: the folder.
         config: the parsed `config.json`.
         engine: the numbers the engine needs, from the config.
-        linears: module name -> its name and shape: embedding, block linears and, unless it is tied, the head.
+        linears: module name -> its name and shape: embedding, block linears, routers and, unless it is tied,
+            the head.
         scheme: how the model is quantized, None for a 16- or 32-bit model.
         schemes: quantized module name -> its bits and group size; empty for a 16- or 32-bit model.
     """

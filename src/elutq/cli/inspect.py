@@ -32,8 +32,17 @@ def _headline(description: dict[str, Any]) -> str:
             f"{description['model_type']}: hidden {description['hidden_size']}, "
             f"{description['num_hidden_layers']} layers, {description['num_attention_heads']} heads over "
             f"{description['num_key_value_heads']} key-value heads of {description['head_dim']}, "
-            f"intermediate {description['intermediate_size']}, vocabulary {description['vocab_size']}, "
+            f"{_mlp(description)}, vocabulary {description['vocab_size']}, "
             f"context {description['max_position_embeddings']}",
             f"{quantization}; {bits_per_weight:.3f} bits per weight in the decoder blocks",
         )
+    )
+
+
+def _mlp(description: dict[str, Any]) -> str:
+    if not description["num_experts"]:
+        return f"intermediate {description['intermediate_size']}"
+    return (
+        f"{description['num_experts_per_tok']} of {description['num_experts']} experts of "
+        f"{description['moe_intermediate_size']}"
     )
