@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from elutq.bench import time_generation
+from elutq.calibration import sample_text
 from elutq.errors import OutputExistsError
 from elutq.eval import evaluate_all
 from elutq.models import bundled_model
@@ -154,25 +152,6 @@ def run_demo(folder: Path, *, threads: int | None = None, progress: Progress | N
         isa=full.isa,
         threads=full.threads,
     )
-
-
-def sample_text(model: "LanguageModel", sequences: int, length: int, seed: int) -> NDArray[np.int32]:
-    """Sample from the model's own distribution, nothing cut off: int32 [sequences, length].
-
-    Every sequence begins with the end-of-text token, which stands before each document in training.
-    """
-    rng = np.random.default_rng(seed)
-    caches = [model.new_sequence() for _ in range(sequences)]
-    ids = np.empty((sequences, length), np.int32)
-    ids[:, 0] = min(model.tokenizer.eos_token_ids)
-    for position in range(1, length):
-        logits = model.step(
-            [(cache, [int(token)]) for cache, token in zip(caches, ids[:, position - 1], strict=True)]
-        )
-        # Gumbel's trick: the argmax of logits + noise is a draw from their softmax.
-        noise = rng.gumbel(size=(sequences, model.config.vocab_size))
-        ids[:, position] = (np.asarray(logits).reshape(sequences, -1) + noise).argmax(axis=1)
-    return ids
 
 
 def decode_speeds(models: Sequence["LanguageModel"]) -> list[float]:

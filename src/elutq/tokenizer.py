@@ -181,6 +181,11 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
+    def special_token_id(self, name: str) -> int | None:
+        """Id of a named special token, e.g. "bos_token"; None if the model has none of that name."""
+        token = self.special_tokens.get(name)
+        return None if token is None else self._backend.token_to_id(token)
+
     def is_known(self, token_id: int) -> bool:
         """Whether the id names a token. Models pad their vocabulary beyond the tokenizer's."""
         return self._backend.id_to_token(token_id) is not None

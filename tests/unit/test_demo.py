@@ -1,11 +1,9 @@
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from elutq import demo as module
-from elutq.demo import DemoResult, run_demo, sample_text
+from elutq.demo import DemoResult, run_demo
 from elutq.errors import OutputExistsError
 
 
@@ -57,24 +55,3 @@ def test_the_demo_keeps_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "hlq-4bit").mkdir()
     with pytest.raises(OutputExistsError, match="hlq-4bit exists"):
         run_demo(tmp_path)
-
-
-def test_sample_text_follows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    probabilities = np.array([0.5, 0.25, 0.2, 0.05])
-
-    class FakeModel:
-        config = SimpleNamespace(vocab_size=4)
-        tokenizer = SimpleNamespace(eos_token_ids=frozenset([3]))
-
-        def new_sequence(self) -> None:
-            return None
-
-        def step(self, work: list) -> list:
-            return [np.log(probabilities).astype(np.float32) for _ in work]
-
-    ids = sample_text(FakeModel(), sequences=100, length=101, seed=0)
-    assert ids.shape == (100, 101)
-    assert (ids[:, 0] == 3).all()
-    frequencies = np.bincount(ids[:, 1:].ravel(), minlength=4) / 10_000
-    assert np.abs(frequencies - probabilities).max() < 0.02
-    assert (sample_text(FakeModel(), 100, 101, seed=0) == ids).all()

@@ -185,6 +185,13 @@ def test_eos_ids(files: dict[str, object], expected: set[int], tmp_path: Path) -
     assert Tokenizer.from_folder(write_folder(tmp_path, **files)).eos_token_ids == expected
 
 
+def test_ids_of_named_special_tokens() -> None:
+    tokenizer = Tokenizer(bundled(), special_tokens={"eos_token": "<|endoftext|>", "pad_token": "<nowhere>"})
+    assert tokenizer.special_token_id("eos_token") == 0
+    assert tokenizer.special_token_id("bos_token") is None
+    assert tokenizer.special_token_id("pad_token") is None
+
+
 # ---- errors ----------------------------------------------------------------------------------------------
 
 
