@@ -69,11 +69,9 @@ def _error(number: float | None) -> str:
     """A relative error to three digits."""
     if number is None:
         return _NONE
-    return (
-        f"{number:.3g}"
-        if not 1e-4 <= abs(number) < 1
-        else f"{number:.{2 - math.floor(math.log10(abs(number)))}f}"
-    )
+    if not 1e-4 <= abs(number) < 1:
+        return f"{number:.3g}"
+    return f"{number:.{2 - math.floor(math.log10(abs(number)))}f}"
 
 
 def _value(value: Any) -> str:
