@@ -284,7 +284,7 @@ def _log_scale(axes: Axes, values: Iterable[float]) -> None:
     if high > 200 * low:
         steps: tuple[float, ...] = (1,)
     else:
-        steps = (1, 2, 5) if high > 4 * low else (1, 1.2, 1.5, 2, 3, 5, 7)
+        steps = (1, 2, 5) if high > 4 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
     axes.set_yscale("log")
     axes.set_ylim(low / margin, high * margin)
     axes.yaxis.set_major_locator(LogLocator(subs=steps))
