@@ -89,6 +89,14 @@ class UnsupportedVersionError(CheckpointError):
     """The folder was written in a format version this release does not read."""
 
 
+class SingularHessianError(ElutqError, ValueError):
+    """The Hessian of a layer's calibration inputs is zero, not finite, or not positive definite."""
+
+
+class InsufficientMemoryError(ElutqError):
+    """The work would need more memory than there is."""
+
+
 class OutputExistsError(ElutqError):
     """The output path exists and is not ours to replace."""
 

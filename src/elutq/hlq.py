@@ -194,7 +194,12 @@ def _importance(
     return importance
 
 
-def _check_range(largest: float, name: str) -> None:
+def check_range(largest: float, name: str) -> None:
+    """Check the largest magnitude of a matrix that is to be quantized.
+
+    Raises:
+        TensorValueError: it is NaN, infinity, or beyond fp16's range.
+    """
     if not np.isfinite(largest):
         raise TensorValueError(
             f"{name} holds NaN or infinity and cannot be quantized; check the source model"
@@ -233,7 +238,7 @@ def _fit_core(
         zeros.view(np.uint16),
         threads or len(os.sched_getaffinity(0)),
     )
-    _check_range(largest, name)
+    check_range(largest, name)
     return HlqMatrix(planes, scales, zeros, columns, scheme.group_size)
 
 
@@ -251,7 +256,7 @@ def _fit_numpy(
     name: str,
 ) -> HlqMatrix:
     rows, columns = weight.shape
-    _check_range(float(np.abs(weight.astype(np.float32)).max()), name)
+    check_range(float(np.abs(weight.astype(np.float32)).max()), name)
     group = scheme.columns_per_group(columns)
     codes = np.empty((rows, columns), np.uint8)
     scales = np.empty((rows, scheme.groups(columns), scheme.bits), np.float16)

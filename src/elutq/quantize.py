@@ -1,24 +1,25 @@
 """The pipeline of `elutq quantize`: plan, run, report.
 
-Weights go through one piece of a tensor at a time, so peak memory does not grow with the model. Matrices are
-independent of each other, and so are their rows; the result depends on neither the pieces nor the threads.
+Without calibration data, weights go through one piece of a tensor at a time, so peak memory does not grow
+with the model. Matrices are independent of each other, and so are their rows; the result depends on neither
+the pieces nor the threads. With it, the blocks are walked one after the other (`elutq.layerwise`); embedding
+and head are still quantized on their own.
 """
 
 import json
-import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from elutq import __version__, hlq
 from elutq.architectures import EMBEDDING, HEAD, EngineConfig
+from elutq.calibration import SELF, Calibration, load_calibration
 from elutq.checkpoint import (
     DEFAULT_SHARD_BYTES,
     Checkpoint,
@@ -27,12 +28,21 @@ from elutq.checkpoint import (
     model_parts,
     side_files,
 )
-from elutq.errors import InvalidArgumentError, TensorValueError, TokenizerError
-from elutq.importance import input_importance
+from elutq.data_free import DataFreeJob, Progress
+from elutq.errors import InvalidArgumentError, MissingDependencyError, TokenizerError
 from elutq.model_card import CARD_FILE, model_card
 from elutq.report import ModelSummary, SquaredError, summarize
+from elutq.runtime import load
 from elutq.scheme import FORMAT_VERSION, MAX_BITS, OUTER_SCHEME, ModelScheme, QuantScheme
 from elutq.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from elutq.calibrated import CalibratedJob
+
+#: Methods that need calibration data: HLQ, and for comparison plain GPTQ on the best-clipped uniform grid,
+#: and HLQ-GPTQ as published (`elutq.gptq`).
+CALIBRATED_METHODS = ("hlq-gptq", "gptq", "ao-gptq")
+METHODS = (*hlq.METHODS, *CALIBRATED_METHODS)
 
 REPORT_FILE = "quantization_report.json"
 
@@ -40,10 +50,8 @@ REPORT_FILE = "quantization_report.json"
 KEEP_BITS = 16
 #: Embedding and head are quantized by default from this many weights on.
 LARGE_MATRIX = 1 << 24
-
-_PIECE = 1 << 24  # weights in work at once
-
-Progress = Callable[[int, int, str], None]
+#: Tokens in a calibration window, where the model allows.
+DEFAULT_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,11 @@ class QuantizationReport:
         seconds: of this run; less than the whole work if it continued an earlier one.
         weights_per_second: quantized in this run, over its seconds.
         summary: sizes and errors per tensor and per kind.
+        calibration: what it was calibrated on (`Calibration.record`), None without.
+        outputs: module -> how its calibration went (`layerwise.Outcome`).
+        blocks: error of the residual stream after each block (`layerwise.BlockOutcome`).
+        nll: both models on windows held out of the calibration (`layerwise.HeldOut`), None without.
+        warnings: what is to be known of the result.
     """
 
     source: str
@@ -71,6 +84,11 @@ class QuantizationReport:
     seconds: float
     weights_per_second: float
     summary: ModelSummary
+    calibration: dict[str, Any] | None
+    outputs: dict[str, dict[str, Any]]
+    blocks: list[dict[str, Any]]
+    nll: dict[str, Any] | None
+    warnings: list[str]
 
     def to_json(self) -> str:
         """The content of `quantization_report.json`."""
@@ -87,12 +105,19 @@ def quantize(
     lm_head_bits: int | None = None,
     embedding_bits: int | None = None,
     importance: bool | None = None,
+    calibration: Sequence[str] = (SELF,),
+    calibration_samples: int = 128,
+    calibration_length: int | None = None,
+    calibration_seed: int = 0,
+    device: str | None = None,
+    offload: bool = False,
     threads: int | None = None,
     overwrite: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> QuantizationReport:
-    """Quantize a model folder without data.
+    """Quantize a model folder.
 
     Interrupted or killed, it leaves `OUT.partial`, and the same call goes on from there; `out` appears only
     when it is complete. The weight files are the same, byte for byte, however often the work was interrupted.
@@ -102,18 +127,27 @@ def quantize(
         out: the folder to make.
         bits: of the linear modules inside the decoder blocks, 1 to 4.
         group_size: of the same; 32, 64, 128, 256, or -1 for a whole row.
-        method: one of `hlq.METHODS`.
+        method: one of `METHODS`.
         lm_head_bits: 1 to 4 (in groups of 128), or 16 to leave the head as it is. By default 4 if it has at
             least 2^24 weights, else 16. A tied head is the embedding.
         embedding_bits: the same for the embedding.
         importance: weigh columns by `importance.input_importance`; by default for method "hlq" alone, so that
             the others stay what they are known as.
+        calibration: texts for a method that needs them, as in `elutq.calibration.load_calibration`.
+        calibration_samples: windows of text to calibrate on.
+        calibration_length: tokens in a window; by default 2048, or the model's limit.
+        calibration_seed: decides which windows of the texts are taken.
+        device: where torch calibrates, such as "cuda"; by default a GPU if there is one.
+        offload: keep activations in a file beside `out`, not in memory.
         threads: all CPUs by default.
         overwrite: replace an existing quantized model at `out`, or partial output of another run.
         shard_bytes: most tensor bytes in one weight file.
         progress: called with weights done, weights in all, and the name of the tensor in work.
+        announce: called with what a person may want to know before long work starts.
 
     Raises:
+        MissingDependencyError: a method with calibration, and torch or transformers are not installed.
+        InsufficientMemoryError: calibration would not fit into memory.
         InvalidArgumentError: an option is outside what is supported, or two contradict each other.
         TensorValueError: a tensor holds NaN or infinity, or values beyond fp16's range.
         OutputExistsError: `out` exists.
@@ -122,33 +156,53 @@ def quantize(
         ElutqError: the source cannot be read (see `Checkpoint.open`).
     """
     started = time.monotonic()
-    if method not in hlq.METHODS:
-        raise InvalidArgumentError(f"method must be one of {', '.join(hlq.METHODS)}, not {method!r}")
+    if method not in METHODS:
+        raise InvalidArgumentError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    calibrated = method in CALIBRATED_METHODS
     if importance is None:
-        importance = method == "hlq"
+        importance = calibrated or method == "hlq"
     if threads is not None and threads < 1:
         raise InvalidArgumentError(f"threads must be at least 1, not {threads}")
     if type(shard_bytes) is not int or shard_bytes < 1:
         raise InvalidArgumentError(f"shard_bytes must be a positive integer, not {shard_bytes!r}")
+    announce = announce or (lambda text: None)
     with Checkpoint.open(source) as checkpoint:
         if checkpoint.scheme is not None:
             raise InvalidArgumentError(f"{source} is quantized already; give the original model")
         scheme = plan(checkpoint.engine, QuantScheme(bits, group_size), lm_head_bits, embedding_bits)
         parts = model_parts(checkpoint.engine, scheme)
         found = {name: checkpoint.info(name) for name in checkpoint.names()}
+        data = None
+        if calibrated:
+            _require_torch(method)
+            length = calibration_length or min(DEFAULT_LENGTH, checkpoint.engine.max_position_embeddings)
+            data = _calibration_data(checkpoint, calibration, calibration_samples, length, calibration_seed)
         writer = CheckpointWriter(
             out,
             [spec for part in parts for spec in part.specs(found)],
-            _fingerprint(checkpoint, scheme, method, importance),
+            _fingerprint(checkpoint, scheme, method, importance, data),
             shard_bytes=shard_bytes,
             overwrite=overwrite,
         )
         with writer:
-            job = _Job(
-                checkpoint, writer, method, importance, threads, progress or (lambda done, total, name: None)
+            job = DataFreeJob(
+                checkpoint,
+                writer,
+                parts,
+                "hlq" if calibrated else method,
+                importance,
+                threads,
+                progress or (lambda done, total, name: None),
             )
-            weights = job.run(parts)
-            errors = {part.name: SquaredError(**writer.done[part.name]) for part in parts if part.scheme}
+            blocks = None
+            if data is not None:
+                blocks = _quantize_blocks(
+                    checkpoint, writer, parts, job, data, method, device, offload, announce
+                )
+            job.run(parts)
+            nll = None if blocks is None else blocks.evaluate()
+            records = {part.name: writer.done[part.name] for part in parts if part.scheme}
+            errors = {name: SquaredError(record["error"], record["norm"]) for name, record in records.items()}
             seconds = time.monotonic() - started
             config = {**checkpoint.config, "quantization_config": scheme.to_config()}
             report = QuantizationReport(
@@ -164,8 +218,13 @@ def quantize(
                 },
                 file_bytes=writer.file_bytes,
                 seconds=seconds,
-                weights_per_second=weights / seconds,
+                weights_per_second=job.quantized / seconds,
                 summary=summarize(parts, found, errors),
+                calibration=None if data is None else data.record,
+                outputs={} if blocks is None else {k: asdict(v) for k, v in blocks.outcomes().items()},
+                blocks=[] if blocks is None else [asdict(block) for block in blocks.blocks],
+                nll=None if nll is None else asdict(nll),
+                warnings=[] if data is None or blocks is None else [*data.warnings, *blocks.warnings()],
             )
             card = model_card(
                 os.fspath(source),
@@ -177,6 +236,73 @@ def quantize(
             texts = {REPORT_FILE: report.to_json(), CARD_FILE: card}
             writer.finish(config, side_files(checkpoint.path), texts)
     return report
+
+
+def _require_torch(method: str) -> None:
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"method {method} needs {error.name}: pip install 'elutq[quantize]'"
+        ) from error
+
+
+def _calibration_data(
+    checkpoint: Checkpoint, sources: Sequence[str], samples: int, length: int, seed: int
+) -> Calibration:
+    limit = checkpoint.engine.max_position_embeddings
+    if not 2 <= length <= limit:
+        raise InvalidArgumentError(
+            f"calibration_length must be from 2 to the model's limit {limit}, not {length}"
+        )
+    return load_calibration(
+        sources,
+        Tokenizer.from_folder(checkpoint.path),
+        samples=samples,
+        length=length,
+        seed=seed,
+        model=lambda: load(checkpoint.path, context=length),
+    )
+
+
+def _quantize_blocks(
+    checkpoint: Checkpoint,
+    writer: CheckpointWriter,
+    parts: Sequence[Part],
+    job: DataFreeJob,
+    data: Calibration,
+    method: str,
+    device: str | None,
+    offload: bool,
+    announce: Callable[[str], None],
+) -> "CalibratedJob":
+    """Quantize the blocks with calibration data; embedding and head are for `job`."""
+    from elutq.calibrated import METHODS as SOLVERS
+    from elutq.calibrated import CalibratedJob, choose_device
+
+    job.run(part for part in parts if part.name == EMBEDDING)  # the walk begins with it
+    chosen = choose_device(device)
+    blocks = CalibratedJob(
+        checkpoint,
+        parts,
+        writer,
+        data,
+        SOLVERS[method],
+        device=chosen,
+        offload=writer.out.parent if offload else None,
+        progress=job.advance,
+    )
+    needed = blocks.estimate
+    announce(
+        f"calibrating on {data.token_ids.size} tokens, {chosen.type}: "
+        f"about {max(1, round(needed.seconds / 60))} min, {needed.memory_bytes / 1e9:.1f} GB of memory"
+        + (f", {needed.offload_bytes / 1e9:.1f} GB of disk" if offload else "")
+    )
+    blocks.run()
+    if HEAD in {part.name for part in parts if part.scheme}:
+        job.known_importance[HEAD] = blocks.head_importance()
+    return blocks
 
 
 def plan(
@@ -209,103 +335,9 @@ def plan(
     return ModelScheme(blocks, overrides)
 
 
-class _Job:
-    """Carries the parts of a model from a checkpoint to a writer."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        writer: CheckpointWriter,
-        method: str,
-        importance: bool,
-        threads: int | None,
-        progress: Progress,
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._writer = writer
-        self._method = method
-        self._importance = importance
-        self._threads = threads
-        self._progress = progress
-
-    def run(self, parts: list[Part]) -> int:
-        """Write every part that an earlier run did not finish; returns the number of weights quantized."""
-        total = sum(map(_weights, parts))
-        waiting = [part for part in parts if part.name not in self._writer.done]
-        done = total - sum(map(_weights, waiting))
-        for part, following in zip(waiting, [*waiting[1:], None], strict=True):
-            if following:
-                self._checkpoint.prefetch(following.source)
-            for count in self._quantize(part) if part.scheme else self._copy(part):
-                done += count
-                self._progress(done, total, part.name)
-        return sum(_weights(part) for part in waiting if part.scheme)
-
-    def _quantize(self, part: Part) -> Iterator[int]:
-        """Quantize a matrix; yields the weights done after each piece."""
-        assert part.scheme is not None
-        rows, columns = part.shape
-        groups = part.scheme.groups(columns)
-        row_bytes = -(-columns // 8)
-        source = self._checkpoint.read(part.source)
-        importance = self._input_importance(part) if self._importance else None
-        measured = SquaredError(0.0, 0.0)
-        for piece in _row_pieces(rows, columns):
-            weight = source[piece]
-            matrix = hlq.fit(
-                weight,
-                part.scheme.bits,
-                part.scheme.group_size,
-                weights=importance,
-                method=self._method,
-                threads=self._threads,
-                name=part.source,
-            )
-            measured += SquaredError(*hlq.squared_error(weight, matrix, threads=self._threads))
-            for plane in range(matrix.bits):
-                first = (plane * rows + piece.start) * row_bytes
-                self._writer.write(f"{part.name}.planes", matrix.planes[plane], at=first)
-            first = piece.start * groups
-            self._writer.write(f"{part.name}.scales", matrix.scales, at=first * matrix.bits)
-            self._writer.write(f"{part.name}.zeros", matrix.zeros, at=first)
-            self._checkpoint.release(part.source)
-            yield weight.size
-        self._writer.commit(part.name, part.tensors, asdict(measured))
-
-    def _input_importance(self, part: Part) -> NDArray[np.float32] | None:
-        def read(name: str, rows: slice) -> NDArray[np.float32]:
-            values = self._checkpoint.read_float32(name, rows)
-            self._checkpoint.release(name)
-            return values
-
-        return input_importance(part.name, self._checkpoint.engine, read)
-
-    def _copy(self, part: Part) -> Iterator[int]:
-        """Copy a matrix or vector as it is; yields the weights done after each piece."""
-        tensor = self._checkpoint.read(part.source)
-        rows, columns = part.shape if tensor.ndim == 2 else (1, tensor.size)
-        for piece in _row_pieces(rows, columns):
-            values = tensor.reshape(rows, columns)[piece]
-            if not np.isfinite(values).all():
-                raise TensorValueError(f"{part.source} holds NaN or infinity; check the source model")
-            self._writer.write(part.source, values, at=piece.start * columns)
-            self._checkpoint.release(part.source)
-            yield values.size
-        self._writer.commit(part.name, part.tensors, {})
-
-
-def _weights(part: Part) -> int:
-    return math.prod(part.shape)
-
-
-def _row_pieces(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of whole rows, of at most `_PIECE` weights where a row is not longer."""
-    step = max(1, _PIECE // columns)
-    for first in range(0, rows, step):
-        yield slice(first, min(first + step, rows))
-
-
-def _fingerprint(checkpoint: Checkpoint, scheme: ModelScheme, method: str, importance: bool) -> str:
+def _fingerprint(
+    checkpoint: Checkpoint, scheme: ModelScheme, method: str, importance: bool, data: Calibration | None
+) -> str:
     """Names the source's content and every setting that the result depends on."""
     files = sorted({checkpoint.info(name).file for name in checkpoint.names()})
     return json.dumps(
@@ -313,6 +345,7 @@ def _fingerprint(checkpoint: Checkpoint, scheme: ModelScheme, method: str, impor
             "elutq": __version__,
             "method": method,
             "importance": importance,
+            "calibration": None if data is None else data.record,
             "scheme": scheme.to_config(),
             "config": checkpoint.config,
             "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],

@@ -144,6 +144,26 @@ class CheckpointWriter:
         self._written[name] = self._written.get(name, 0) + array.nbytes
         self._unsynced += array.nbytes
 
+    def read(self, name: str) -> NDArray[Any]:
+        """A tensor that is wholly written, a copy.
+
+        Raises:
+            MissingTensorError: it is not.
+        """
+        spec = self._specs.get(name)
+        if spec is None or self._written.get(name, 0) != spec.nbytes:
+            raise MissingTensorError(f"{name} is not wholly written to {self._partial}")
+        index = self._shard_of[name]
+        array = np.empty(spec.shape, NUMPY_DTYPES[spec.dtype])
+        data = array.reshape(-1).view(np.uint8).data
+        position = self._shards[index].offsets[name]
+        while data:
+            count = os.preadv(self._files[index], [data[:_WRITE_BYTES]], position)
+            if count == 0:
+                raise MissingTensorError(f"{self._partial / self._shards[index].name} was cut short")
+            data, position = data[count:], position + count
+        return array
+
     def commit(self, key: str, names: Iterable[str], record: Mapping[str, Any]) -> None:
         """Declare a unit finished: its tensors are written, and `record` (JSON) is what to remember of it.
 

@@ -1,0 +1,287 @@
+"""The calibrated half of the pipeline: joins checkpoint, calibration text and writer to the block walk."""
+
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from elutq import hlq
+from elutq.architectures import EMBEDDING, HEAD, EngineConfig, block_linears
+from elutq.blocks import BlockReader, WeightSource
+from elutq.calibration import Calibration
+from elutq.checkpoint import CheckpointWriter, Part
+from elutq.errors import InsufficientMemoryError, InvalidArgumentError
+from elutq.gptq import GPTQ, PUBLISHED, SolverOptions
+from elutq.layerwise import BlockOutcome, HeldOut, LayerwiseQuantizer, Outcome
+from elutq.packing import HlqMatrix
+
+METHODS: Mapping[str, SolverOptions] = {
+    "hlq-gptq": SolverOptions(),
+    "gptq": GPTQ,
+    "ao-gptq": PUBLISHED,
+}
+
+# What the estimate of time rests on, measured on two cores (`benchmarks/calibrated.py`).
+_PROBE = 1536  # side of the matrices that are multiplied to see how fast that is
+_COLUMN_SECONDS = 90e-6  # one column of up to 4096 rows in one pass over the codes
+_BASE_BYTES = 700 << 20  # Python, torch and transformers themselves
+_SOLVER_COPIES = 8  # float32 arrays of a piece of a matrix that the solver holds
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What calibrated quantization will need, roughly: time, memory, and disk for activations."""
+
+    seconds: float
+    memory_bytes: int
+    offload_bytes: int
+
+
+class CalibratedJob:
+    """Quantizes the block linears of a model.
+
+    Args:
+        source: the full model.
+        parts: of the model to be written; those of blocks that have a scheme are quantized.
+        writer: takes the matrices, and gives back those of an earlier run.
+        calibration: token windows.
+        options: of the solver.
+        device: where the work is done.
+        offload: folder for activations; None keeps them in memory.
+        progress: called with weights done and the module in work.
+
+    Attributes:
+        blocks: outcome of each block, once `run` returns.
+        estimate: what it will need.
+
+    Raises:
+        InsufficientMemoryError: it would not fit into the memory that is free; says what would help.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        parts: Sequence[Part],
+        writer: CheckpointWriter,
+        calibration: Calibration,
+        options: SolverOptions,
+        *,
+        device: torch.device,
+        offload: Path | None,
+        progress: Callable[[int, str], None],
+    ) -> None:
+        in_blocks = {linear.name for linear in block_linears(source.engine)}
+        self._schemes = {part.name: part.scheme for part in parts if part.scheme and part.name in in_blocks}
+        self._engine = source.engine
+        self._store = _Store(writer, {part.name: part for part in parts})
+        self.blocks: list[BlockOutcome] = []
+        self.estimate = estimate(source.engine, calibration, options, device, offload is not None)
+        _check_memory(self.estimate, offload is not None, device)
+        embedding = self._store.get(EMBEDDING)
+        self._walk = LayerwiseQuantizer(
+            BlockReader(source, device),
+            calibration.token_ids,
+            calibration.held_out,
+            self._schemes,
+            self._store,
+            options,
+            device=device,
+            offload=offload,
+            embed_quantized=None if embedding is None else _embedder(embedding, device),
+            progress=progress,
+        )
+
+    def run(self) -> None:
+        """Quantize every block, or read it back if an earlier run did."""
+        with torch.inference_mode():
+            for index in range(self._engine.num_hidden_layers):
+                self.blocks.append(self._walk.block(index))
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """How each module went."""
+        return {name: self._store.outcome(name) for name in self._schemes}
+
+    def warnings(self) -> list[str]:
+        """What is to be known of the calibration."""
+        outcomes = self.outcomes()
+        warnings = [
+            f"{name} was quantized without calibration data: {outcome.fallback}"
+            for name, outcome in outcomes.items()
+            if outcome.fallback
+        ]
+        unseen = sum(outcome.tokens == 0 for outcome in outcomes.values())
+        if unseen:
+            warnings.append(
+                f"{unseen} modules of experts were calibrated on tokens that are not routed to them"
+            )
+        return warnings
+
+    def head_importance(self) -> NDArray[np.float32]:
+        """Importance of the head's columns, for `hlq.fit`."""
+        with torch.inference_mode():
+            return self._walk.head_importance()
+
+    def evaluate(self) -> HeldOut | None:
+        """Both models on the held-out windows, once embedding and head are written."""
+        head = self._store.get(EMBEDDING if self._engine.tie_word_embeddings else HEAD)
+        with torch.inference_mode():
+            return self._walk.evaluate(None if head is None else hlq.dequantize(head))
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; by default a GPU if there is one.
+
+    Raises:
+        InvalidArgumentError: torch does not know it, or cannot use it.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidArgumentError(f"device {name!r} cannot be used: {reason}; try cpu or cuda") from None
+    return device
+
+
+def estimate(
+    engine: EngineConfig,
+    calibration: Calibration,
+    options: SolverOptions,
+    device: torch.device,
+    offload: bool,
+) -> Estimate:
+    """Count operations and bytes; a short multiplication tells how fast the device is.
+
+    Per token, each stream spends 2 operations per weight, and each Hessian, or cross moments, 2
+    in_features^2; per module, a factorization takes in_features^3, the solver in_features^2 per row and
+    pass, and a step of its own for every column.
+    """
+    tokens = calibration.token_ids.size + calibration.held_out.size
+    first = [linear for linear in block_linears(engine) if linear.name.startswith("model.layers.0.")]
+    weights = sum(linear.out_features * linear.in_features for linear in first)
+    active = weights
+    if engine.sparse_layers[0]:
+        in_experts = sum(linear.out_features * linear.in_features for linear in first[4:])
+        active = weights - in_experts + in_experts * engine.num_experts_per_tok // engine.num_experts
+    passes = 1 + options.rounds * options.descents
+    passes += options.sweeps * options.sweep_rounds * options.descents
+    moments = 2 if options.target_share > 0 else 1
+    # Modules that read the same inputs share a Hessian; one for each input: q, o, gate and down.
+    inputs = [first[0].in_features, first[3].in_features]
+    inputs += [linear.in_features for i, linear in enumerate(first[4:]) if i % 3 != 1]
+    sparse_share = engine.num_experts_per_tok / engine.num_experts if engine.sparse_layers[0] else 1.0
+    counted = [tokens * (1.0 if i < 2 else sparse_share) for i in range(len(inputs))]
+    operations = 4.0 * tokens * active
+    operations += sum(2.0 * moments * seen * size**2 for seen, size in zip(counted, inputs, strict=True))
+    operations += sum(float(size) ** 3 for size in inputs)
+    operations += sum(
+        2.0 * linear.out_features * linear.in_features**2 * (1 + options.sweeps) for linear in first
+    )
+    columns = sum(linear.in_features * -(-linear.out_features // 4096) for linear in first)
+    per_block = operations / _speed(device) + columns * passes * _COLUMN_SECONDS
+
+    widest = max(linear.in_features for linear in first)
+    largest = max(linear.out_features * linear.in_features for linear in first)
+    between = engine.hidden_size if engine.sparse_layers[0] else engine.intermediate_size
+    activations = 4 * tokens * (2 * engine.hidden_size + max(between, first[3].in_features))
+    memory = (
+        _BASE_BYTES + 2 * 4 * weights + max(24 * widest**2, 16 * widest**2 + _SOLVER_COPIES * 4 * (1 << 24))
+    )
+    memory += 3 * 4 * largest
+    return Estimate(
+        seconds=per_block * engine.num_hidden_layers,
+        memory_bytes=memory + (0 if offload else activations),
+        offload_bytes=activations if offload else 0,
+    )
+
+
+def _speed(device: torch.device) -> float:
+    """Operations per second of a matrix product."""
+    a = torch.ones((_PROBE, _PROBE), device=device)
+    a @ a
+    started = time.perf_counter()
+    float((a @ a)[0, 0])
+    return 2 * _PROBE**3 / (time.perf_counter() - started)
+
+
+def _check_memory(needed: Estimate, offload: bool, device: torch.device) -> None:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    if needed.memory_bytes > free:
+        advice = (
+            "fewer or shorter calibration windows" if offload else "--offload, or fewer calibration windows"
+        )
+        raise InsufficientMemoryError(
+            f"calibrating needs about {needed.memory_bytes / 1e9:.1f} GB of memory, "
+            f"but {free / 1e9:.1f} GB are free; try {advice}"
+        )
+
+
+def _free_memory() -> int:
+    """Bytes that this process may still use: of the machine, its control group and its own limit."""
+    limits = []
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    limits.append(int(meminfo["MemAvailable"].split()[0]) << 10)
+    group = Path("/sys/fs/cgroup")
+    try:
+        most, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        if most != "max":
+            limits.append(int(most) - int(used))
+    except (OSError, ValueError):
+        pass  # no control group of version 2 limits this process
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limits.append(soft - pages * resource.getpagesize())
+    return max(0, min(limits))
+
+
+def _embedder(embedding: HlqMatrix, device: torch.device) -> Callable[[Tensor], Tensor]:
+    def embed(token_ids: Tensor) -> Tensor:
+        rows, place = np.unique(token_ids.numpy(), return_inverse=True)
+        some = HlqMatrix(
+            embedding.planes[:, rows],
+            embedding.scales[rows],
+            embedding.zeros[rows],
+            embedding.in_features,
+            embedding.group_size,
+        )
+        return torch.from_numpy(hlq.dequantize(some)[place]).to(device)
+
+    return embed
+
+
+class _Store:
+    """A `MatrixStore` that writes to a checkpoint."""
+
+    def __init__(self, writer: CheckpointWriter, parts: Mapping[str, Part]) -> None:
+        self._writer, self._parts = writer, parts
+
+    def get(self, module: str) -> HlqMatrix | None:
+        part = self._parts.get(module)
+        if part is None or part.scheme is None or module not in self._writer.done:
+            return None
+        planes, scales, zeros = (
+            self._writer.read(f"{module}.{part}") for part in ("planes", "scales", "zeros")
+        )
+        return HlqMatrix(planes, scales, zeros, part.shape[1], part.scheme.group_size)
+
+    def put(self, module: str, matrix: HlqMatrix, outcome: Outcome, weight: NDArray[np.float32]) -> None:
+        for name in ("planes", "scales", "zeros"):
+            self._writer.write(f"{module}.{name}", getattr(matrix, name))
+        error, norm = hlq.squared_error(weight, matrix)
+        record = {"error": error, "norm": norm, "outcome": asdict(outcome)}
+        self._writer.commit(module, self._parts[module].tensors, record)
+
+    def outcome(self, module: str) -> Outcome:
+        record: dict[str, Any] = self._writer.done[module]["outcome"]
+        return Outcome(**record)
+
+    def flush(self) -> None:
+        self._writer.sync()

@@ -1,0 +1,175 @@
+"""One group of columns in the metric of a Hessian: min (x - q)^T M (x - q) over codes and parameters.
+
+The steps are those of `elutq.gptq`, which says where they come from. Arrays are [columns, rows]; rows are
+independent of each other.
+"""
+
+import torch
+from torch import Tensor
+
+from elutq import hlq
+
+#: Columns that update each other one by one; all others learn of them by one matrix product.
+_BLOCK = 32
+#: Weight of the present parameters in a refit, relative to the mean of the diagonal: it decides what the
+#: codes leave open, such as the scale of a plane that no weight uses.
+_PROXIMITY = 1e-6
+
+
+class GroupProblem:
+    """The problem, the iterate, and the best of each row so far.
+
+    Args:
+        target: x, float32 [columns, rows].
+        metric: M, float32 [columns, columns], positive definite.
+        bits: bit planes.
+
+    Attributes:
+        codes: uint8 [columns, rows], of the iterate.
+        values: q, float32 [columns, rows], what the codes stand for.
+        parameters: float32 [bits + 1, rows], scales and, last, zero; fp16 values, scales >= 0 and ascending.
+        best_codes: the codes of the best iterate of each row.
+        best_values: likewise.
+        best_parameters: likewise.
+        best_loss: float32 [rows].
+    """
+
+    def __init__(self, target: Tensor, metric: Tensor, bits: int) -> None:
+        self.target, self.metric, self.bits = target, metric, bits
+        patterns = torch.arange(2**bits)[:, None] >> torch.arange(bits) & 1
+        self._patterns = patterns.to(target)
+        self.best_loss: Tensor | None = None
+
+    def start(self, parameters: Tensor) -> None:
+        """Begin with these parameters and the nearest codes."""
+        self._set_parameters(parameters)
+        self.values, self.codes = self._nearest(self.target)
+        self._settle()
+
+    def resume(self, codes: Tensor, parameters: Tensor) -> None:
+        """Begin with a known solution, which the result will not be worse than."""
+        self._set_parameters(parameters)
+        self.codes = codes.clone()
+        self.values = self._values()
+        self._settle()
+
+    def feedback(self, factor: Tensor) -> None:
+        """Choose codes column by column, later ones making up for the errors of earlier ones.
+
+        Args:
+            factor: V, upper triangular [columns, columns], M = V V^T.
+        """
+        spill = torch.zeros_like(self.target)  # V^T r of the columns done
+        diagonal = factor.diagonal().tolist()
+        for block in _blocks(len(spill)):
+            errors = torch.empty_like(spill[block])
+            for j in range(block.start, block.stop):
+                wanted = torch.add(self.target[j], spill[j], alpha=1 / diagonal[j])
+                self.values[j], self.codes[j] = self._nearest(wanted)
+                torch.sub(self.target[j], self.values[j], out=errors[j - block.start])
+                rest = slice(j + 1, block.stop)
+                spill[rest].addr_(factor[j, rest], errors[j - block.start])
+            later = slice(block.stop, len(spill))
+            spill[later].addmm_(factor[block, later].T, errors)
+        self._settle()
+
+    def improve(self, rounds: int, descents: int) -> None:
+        """Alternate descents on the codes with refits of the parameters."""
+        for _ in range(rounds):
+            for _ in range(descents):
+                self._descend()
+            if descents:
+                self._settle()
+            self._refit()
+            self._settle()
+
+    def _descend(self) -> None:
+        """Choose each column's code anew with all others fixed."""
+        curvature = self.metric.diagonal().tolist()
+        for block in _blocks(len(self.values)):
+            changes = torch.empty_like(self.values[block])
+            inner = self.metric[block, block]
+            gradient = self._gradient[block]
+            for i, j in enumerate(range(block.start, block.stop)):
+                wanted = torch.add(self.values[j], gradient[i], alpha=1 / curvature[j])
+                value, self.codes[j] = self._nearest(wanted)
+                torch.sub(value, self.values[j], out=changes[i])
+                self.values[j] = value
+                gradient.addr_(inner[i], changes[i], alpha=-1)
+            for others in (slice(0, block.start), slice(block.stop, len(self.values))):
+                self._gradient[others].addmm_(self.metric[others, block], changes, alpha=-1)
+
+    def _refit(self) -> None:
+        """Least squares for scales and zero in the metric M, codes fixed, rounded to fp16."""
+        bits = [(self.codes >> p & 1).to(self.target) for p in range(self.bits)]
+        size = self.bits + 1
+        normal = self.target.new_empty((size, size, self.target.shape[1]), dtype=torch.float64)
+        right = normal.new_empty((size, self.target.shape[1]))
+        ones = self.metric.sum(1)
+        for p in range(self.bits):
+            moved = self.metric @ bits[p]
+            for other in range(p + 1):
+                normal[p, other] = normal[other, p] = (bits[other] * moved).sum(0)
+            normal[p, -1] = normal[-1, p] = ones @ bits[p]
+            right[p] = (bits[p] * self._gradient).sum(0)
+        normal[-1, -1] = ones.sum()
+        right[-1] = self._gradient.sum(0)
+        diagonal = normal.diagonal(dim1=0, dim2=1)
+        diagonal += _PROXIMITY * diagonal.mean(1, keepdim=True)
+        step = torch.linalg.solve(normal.permute(2, 0, 1), right.T).T
+        self._set_canonical(self.parameters + step.float())
+        self.values = self._values()
+
+    def _set_canonical(self, parameters: Tensor) -> None:
+        """Take parameters over with scales >= 0 and ascending; codes follow."""
+        scales, zero = parameters[:-1], parameters[-1]
+        negative = scales < 0
+        zero = zero + torch.where(negative, scales, 0).sum(0)
+        scales, order = scales.abs().sort(0)
+        planes = [(self.codes >> p & 1).bool() ^ negative[p] for p in range(self.bits)]
+        if bool((order != torch.arange(self.bits, device=order.device)[:, None]).any()):
+            stacked = torch.stack(planes)
+            planes = list(stacked.gather(0, order[:, None].expand(stacked.shape)))
+        self.codes = torch.zeros_like(self.codes)
+        for p in range(self.bits):
+            self.codes |= planes[p].to(torch.uint8) << p
+        self._set_parameters(torch.cat([scales, zero[None]]))
+
+    def _set_parameters(self, parameters: Tensor) -> None:
+        self.parameters = parameters.clamp(-hlq.HALF_MAX, hlq.HALF_MAX).half().float()
+        levels = self._patterns @ self.parameters[:-1] + self.parameters[-1]
+        self._levels = levels
+        self._ascending, order = levels.sort(0)
+        self._order = order.to(torch.uint8)
+        self._borders = (self._ascending[1:] + self._ascending[:-1]) / 2
+
+    def _nearest(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and code of the level nearest to each number; [rows] or [columns, rows] -> the same shape."""
+        rank = torch.zeros(wanted.shape, dtype=torch.int64, device=wanted.device)
+        for border in self._borders:
+            rank += wanted > border
+        index = rank.reshape(-1, wanted.shape[-1])
+        value, code = self._ascending.gather(0, index), self._order.gather(0, index)
+        return value.reshape(wanted.shape), code.reshape(wanted.shape)
+
+    def _values(self) -> Tensor:
+        return self._levels.gather(0, self.codes.long())
+
+    def _settle(self) -> None:
+        """Compute the gradient M (x - q) anew and remember the rows that are better than ever."""
+        errors = self.target - self.values
+        self._gradient = self.metric @ errors
+        loss = (errors * self._gradient).sum(0)
+        if self.best_loss is None:
+            self.best_codes, self.best_values = self.codes.clone(), self.values.clone()
+            self.best_parameters, self.best_loss = self.parameters.clone(), loss
+            return
+        better = loss < self.best_loss
+        self.best_codes = torch.where(better, self.codes, self.best_codes)
+        self.best_values = torch.where(better, self.values, self.best_values)
+        self.best_parameters = torch.where(better, self.parameters, self.best_parameters)
+        self.best_loss = torch.minimum(loss, self.best_loss)
+
+
+def _blocks(columns: int) -> list[slice]:
+    return [slice(first, min(first + _BLOCK, columns)) for first in range(0, columns, _BLOCK)]
