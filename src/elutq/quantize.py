@@ -307,7 +307,6 @@ def _row_pieces(rows: int, columns: int) -> Iterator[slice]:
 
 def _fingerprint(checkpoint: Checkpoint, scheme: ModelScheme, method: str, importance: bool) -> str:
     """Names the source's content and every setting that the result depends on."""
-    files = sorted({checkpoint.info(name).file for name in checkpoint.names()})
     return json.dumps(
         {
             "elutq": __version__,
@@ -315,7 +314,7 @@ def _fingerprint(checkpoint: Checkpoint, scheme: ModelScheme, method: str, impor
             "importance": importance,
             "scheme": scheme.to_config(),
             "config": checkpoint.config,
-            "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+            "files": checkpoint.files(),
         },
         sort_keys=True,
     )
