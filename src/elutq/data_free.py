@@ -12,6 +12,7 @@ from elutq.checkpoint import Checkpoint, CheckpointWriter, Part
 from elutq.errors import TensorValueError
 from elutq.importance import input_importance
 from elutq.report import SquaredError
+from elutq.rotation import RotatedCheckpoint
 
 _PIECE = 1 << 24  # weights in work at once
 
@@ -23,7 +24,7 @@ class DataFreeJob:
     """The parts of one model, those that the writer has not got yet.
 
     Args:
-        checkpoint: the full model.
+        checkpoint: the full model, perhaps rotated.
         writer: takes the tensors.
         parts: everything the new model consists of.
         method: one of `hlq.METHODS`.
@@ -38,7 +39,7 @@ class DataFreeJob:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Checkpoint | RotatedCheckpoint,
         writer: CheckpointWriter,
         parts: Iterable[Part],
         method: str,
@@ -84,11 +85,10 @@ class DataFreeJob:
         rows, columns = part.shape
         groups = part.scheme.groups(columns)
         row_bytes = -(-columns // 8)
-        source = self._checkpoint.read(part.source)
         importance = self._input_importance(part)
         measured = SquaredError(0.0, 0.0)
         for piece in _row_pieces(rows, columns):
-            weight = source[piece]
+            weight = self._checkpoint.read(part.source, piece)
             matrix = hlq.fit(
                 weight,
                 part.scheme.bits,
@@ -124,10 +124,9 @@ class DataFreeJob:
 
     def _copy(self, part: Part) -> Iterator[int]:
         """Copy a matrix or vector as it is; yields the weights done after each piece."""
-        tensor = self._checkpoint.read(part.source)
-        rows, columns = part.shape if tensor.ndim == 2 else (1, tensor.size)
-        for piece in _row_pieces(rows, columns):
-            values = tensor.reshape(rows, columns)[piece]
+        columns = part.shape[1] if len(part.shape) == 2 else 1
+        for piece in _row_pieces(part.shape[0], columns):
+            values = self._checkpoint.read(part.source, piece)
             if not np.isfinite(values).all():
                 raise TensorValueError(f"{part.source} holds NaN or infinity; check the source model")
             self._writer.write(part.source, values, at=piece.start * columns)

@@ -32,6 +32,7 @@ from elutq.data_free import DataFreeJob, Progress
 from elutq.errors import InvalidArgumentError, MissingDependencyError, TokenizerError
 from elutq.model_card import CARD_FILE, model_card
 from elutq.report import ModelSummary, SquaredError, summarize
+from elutq.rotation import RotatedCheckpoint
 from elutq.runtime import load
 from elutq.scheme import FORMAT_VERSION, MAX_BITS, OUTER_SCHEME, ModelScheme, QuantScheme
 from elutq.tokenizer import Tokenizer
@@ -109,6 +110,7 @@ def quantize(
     calibration_samples: int = 128,
     calibration_length: int | None = None,
     calibration_seed: int = 0,
+    rotate: bool = False,
     device: str | None = None,
     offload: bool = False,
     threads: int | None = None,
@@ -137,6 +139,7 @@ def quantize(
         calibration_samples: windows of text to calibrate on.
         calibration_length: tokens in a window; by default 2048, or the model's limit.
         calibration_seed: decides which windows of the texts are taken.
+        rotate: quantize the model in rotated axes (`elutq.rotation`).
         device: where torch calibrates, such as "cuda"; by default a GPU if there is one.
         offload: keep activations in a file beside `out`, not in memory.
         threads: all CPUs by default.
@@ -166,9 +169,10 @@ def quantize(
     if type(shard_bytes) is not int or shard_bytes < 1:
         raise InvalidArgumentError(f"shard_bytes must be a positive integer, not {shard_bytes!r}")
     announce = announce or (lambda text: None)
-    with Checkpoint.open(source) as checkpoint:
-        if checkpoint.scheme is not None:
+    with Checkpoint.open(source) as original:
+        if original.scheme is not None:
             raise InvalidArgumentError(f"{source} is quantized already; give the original model")
+        checkpoint = RotatedCheckpoint(original) if rotate else original
         scheme = plan(checkpoint.engine, QuantScheme(bits, group_size), lm_head_bits, embedding_bits)
         parts = model_parts(checkpoint.engine, scheme)
         found = {name: checkpoint.info(name) for name in checkpoint.names()}
@@ -209,7 +213,12 @@ def quantize(
                 source=os.fspath(source),
                 out=str(writer.out),
                 model_type=checkpoint.engine.model_type,
-                settings={**scheme.to_config(), "method": method, "importance": importance},
+                settings={
+                    **scheme.to_config(),
+                    "method": method,
+                    "importance": importance,
+                    "rotate": rotate,
+                },
                 versions={
                     "elutq": __version__,
                     "format": FORMAT_VERSION,
@@ -249,7 +258,7 @@ def _require_torch(method: str) -> None:
 
 
 def _calibration_data(
-    checkpoint: Checkpoint, sources: Sequence[str], samples: int, length: int, seed: int
+    checkpoint: Checkpoint | RotatedCheckpoint, sources: Sequence[str], samples: int, length: int, seed: int
 ) -> Calibration:
     limit = checkpoint.engine.max_position_embeddings
     if not 2 <= length <= limit:
@@ -267,7 +276,7 @@ def _calibration_data(
 
 
 def _quantize_blocks(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | RotatedCheckpoint,
     writer: CheckpointWriter,
     parts: Sequence[Part],
     job: DataFreeJob,
@@ -336,19 +345,23 @@ def plan(
 
 
 def _fingerprint(
-    checkpoint: Checkpoint, scheme: ModelScheme, method: str, importance: bool, data: Calibration | None
+    checkpoint: Checkpoint | RotatedCheckpoint,
+    scheme: ModelScheme,
+    method: str,
+    importance: bool,
+    data: Calibration | None,
 ) -> str:
     """Names the source's content and every setting that the result depends on."""
-    files = sorted({checkpoint.info(name).file for name in checkpoint.names()})
     return json.dumps(
         {
             "elutq": __version__,
             "method": method,
             "importance": importance,
             "calibration": None if data is None else data.record,
+            "rotation": checkpoint.seed if isinstance(checkpoint, RotatedCheckpoint) else None,
             "scheme": scheme.to_config(),
             "config": checkpoint.config,
-            "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+            "files": checkpoint.files(),
         },
         sort_keys=True,
     )

@@ -35,6 +35,8 @@ def test_reads_floating_point_tensors(tmp_path: Path, make_folder: Make, dtype: 
         np.testing.assert_array_equal(
             checkpoint.read_float32(NAME, slice(2, 5)), values[2:5].astype(np.float32)
         )
+        part = checkpoint.read_float32(NAME, slice(2, 5), slice(1, 4))
+        np.testing.assert_array_equal(part, values[2:5, 1:4].astype(np.float32))
         assert checkpoint.read_float32(NAME).dtype == np.float32
         assert checkpoint.scheme is None
         assert checkpoint.schemes == {}

@@ -17,6 +17,8 @@ from elutq.errors import HeaderError, MissingTensorError, TensorDtypeError, Tens
 from elutq.packing import HlqMatrix
 from elutq.scheme import ModelScheme, QuantScheme
 
+_ALL = slice(None)
+
 
 class Checkpoint:
     """An open model folder. Tensors are read lazily; arrays are views on the mapped files.
@@ -80,6 +82,11 @@ class Checkpoint:
                 file_of[name] = file
         return file_of
 
+    def files(self) -> list[tuple[str, int, int]]:
+        """Name, size and modification time (ns) of each weight file: they tell whether the folder changed."""
+        paths = sorted({self.info(name).file for name in self.names()})
+        return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
     def names(self) -> Iterator[str]:
         """Every tensor in the folder, file by file."""
         return iter(self._file_of)
@@ -92,23 +99,28 @@ class Checkpoint:
         """
         return self._file(name).tensors[name]
 
-    def read(self, name: str) -> NDArray[Any]:
-        """A tensor as a view on the file: float32, float16, `ml_dtypes.bfloat16` or uint8.
+    def read(self, name: str, rows: slice = _ALL, columns: slice = _ALL) -> NDArray[Any]:
+        """A part of a tensor as a view on the file: float32, float16, `ml_dtypes.bfloat16` or uint8.
+
+        Args:
+            name: the tensor.
+            rows: of its first axis.
+            columns: of its last axis.
 
         Raises:
             MissingTensorError: there is no such tensor.
             TensorDtypeError: its dtype is none of those.
         """
-        return self._file(name).view(name)
+        return self._file(name).view(name)[rows][..., columns]
 
-    def read_float32(self, name: str, rows: slice = slice(None)) -> NDArray[np.float32]:
-        """Rows of a 16- or 32-bit tensor, in float32; exact. A view if the file has float32, else a copy.
+    def read_float32(self, name: str, rows: slice = _ALL, columns: slice = _ALL) -> NDArray[np.float32]:
+        """`read` of a 16- or 32-bit tensor, in float32; exact. A view if the file has float32, else a copy.
 
         Raises:
             MissingTensorError: there is no such tensor.
             TensorDtypeError: it does not hold floating-point values.
         """
-        array = self.read(name)[rows]
+        array = self.read(name, rows, columns)
         if array.dtype == np.uint8:
             raise TensorDtypeError(f"{name} in {self.path} is U8, not a floating-point tensor")
         if array.dtype.name == "bfloat16":  # the upper half of a float32; several times faster than a cast
