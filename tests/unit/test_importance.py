@@ -86,6 +86,28 @@ def test_down_proj_sees_the_product_of_gate_and_up(tensors, read, normalized):
     assert_proportional(input_importance(f"{BLOCK}.mlp.down_proj", ENGINE, read), energy, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("family", "block", "names"),
+    [
+        ("qwen3_moe", "mlp", ("gate_proj", "up_proj", "down_proj")),
+        ("mixtral", "block_sparse_moe", ("w1", "w3", "w2")),
+    ],
+)
+def test_an_expert_is_estimated_as_the_mlp_it_is(family, block, names, tensors):
+    counts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 80, "mlp_bias": False}
+    engine = engine_config({**CONFIG, "model_type": family, **counts})
+    dense = engine_config({**CONFIG, "mlp_bias": False})
+    renamed = {f"{BLOCK}.mlp.{kind}_proj": kind for kind in ("gate", "up", "down")}
+    for (module, _), name in zip(renamed.items(), names, strict=True):
+        tensors[f"{BLOCK}.{block}.experts.1.{name}.weight"] = tensors[f"{module}.weight"]
+    for (module, _), name in zip(renamed.items(), names, strict=True):
+        expected = input_importance(module, dense, lambda name, rows: tensors[name][rows])
+        expert = f"{BLOCK}.{block}.experts.1.{name}"
+        ours = input_importance(expert, engine, lambda name, rows: tensors[name][rows])
+        assert np.array_equal(ours, expected)
+    assert input_importance(f"{BLOCK}.{block}.gate", engine, lambda name, rows: tensors[name][rows]) is None
+
+
 def test_the_embedding_has_none_and_neither_has_a_dead_norm(tensors, read):
     assert input_importance("model.embed_tokens", ENGINE, read) is None
     tensors["model.norm.weight"][:] = 0
