@@ -224,7 +224,7 @@ def _all_sparse(reader: _Reader, layers: int) -> tuple[bool, ...]:
 def _qwen_sparse_layers(reader: _Reader, layers: int) -> tuple[bool, ...]:
     """Every `decoder_sparse_step`-th layer that is not in `mlp_only_layers`."""
     step = reader.integer("decoder_sparse_step", _MAX_LAYERS)
-    dense = reader.get("mlp_only_layers")
+    dense = [] if reader.get("mlp_only_layers") is None else reader.get("mlp_only_layers")
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         raise ConfigError("config.json: mlp_only_layers must be a list of layer numbers")
     return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))
@@ -278,7 +278,7 @@ FAMILIES: Mapping[str, _Family] = {
         mlp_bias=False,
         qk_norm=True,
         sliding_windows=_qwen_moe_windows,
-        defaults={**_QWEN_DEFAULTS, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        defaults={**_QWEN_DEFAULTS, "decoder_sparse_step": 1},
         mixture=_Mixture(
             moe_block="mlp",
             expert_linears=_MLP_LINEARS,
