@@ -93,19 +93,18 @@ def test_down_proj_sees_the_product_of_gate_and_up(tensors, read, normalized):
         ("mixtral", "block_sparse_moe", ("w1", "w3", "w2")),
     ],
 )
-def test_an_expert_is_estimated_as_the_mlp_it_is(family, block, names, tensors):
-    counts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 80, "mlp_bias": False}
+def test_an_expert_is_estimated_as_the_mlp_it_is(family, block, names, tensors, read):
+    counts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 80}
     engine = engine_config({**CONFIG, "model_type": family, **counts})
     dense = engine_config({**CONFIG, "mlp_bias": False})
-    renamed = {f"{BLOCK}.mlp.{kind}_proj": kind for kind in ("gate", "up", "down")}
-    for (module, _), name in zip(renamed.items(), names, strict=True):
-        tensors[f"{BLOCK}.{block}.experts.1.{name}.weight"] = tensors[f"{module}.weight"]
-    for (module, _), name in zip(renamed.items(), names, strict=True):
-        expected = input_importance(module, dense, lambda name, rows: tensors[name][rows])
-        expert = f"{BLOCK}.{block}.experts.1.{name}"
-        ours = input_importance(expert, engine, lambda name, rows: tensors[name][rows])
-        assert np.array_equal(ours, expected)
-    assert input_importance(f"{BLOCK}.{block}.gate", engine, lambda name, rows: tensors[name][rows]) is None
+    expert, mlp = f"{BLOCK}.{block}.experts.1", f"{BLOCK}.mlp"
+    pairs = list(zip(names, ("gate_proj", "up_proj", "down_proj"), strict=True))
+    for name, kind in pairs:
+        tensors[f"{expert}.{name}.weight"] = tensors[f"{mlp}.{kind}.weight"]
+    for name, kind in pairs:
+        expected = input_importance(f"{mlp}.{kind}", dense, read)
+        assert np.array_equal(input_importance(f"{expert}.{name}", engine, read), expected)
+    assert input_importance(f"{BLOCK}.{block}.gate", engine, read) is None
 
 
 def test_the_embedding_has_none_and_neither_has_a_dead_norm(tensors, read):
