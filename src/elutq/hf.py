@@ -184,7 +184,7 @@ class HlqExperts(nn.Module):
             top_k_weights: what their results are multiplied by, likewise.
         """
         out = torch.zeros_like(x)
-        for number in top_k_index.unique().tolist():
+        for number in sorted(set(top_k_index.flatten().tolist())):
             gate, up, down = (self.get_submodule(f"{number}.{name}") for name in self._names)
             tokens, ranks = torch.where(top_k_index == number)
             rows = x[tokens]
