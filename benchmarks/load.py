@@ -86,7 +86,7 @@ def write_random_folder(shape: str, scheme: QuantScheme, out: Path) -> None:
                 writer.write(f"{module}.{name}", getattr(matrix, name))
             writer.commit(module, parts.pop(module).tensors, {})
         for name, part in parts.items():
-            writer.write(name, np.ones(part.shape, np.float32))
+            writer.write(part.source, np.ones(part.shape, np.float32))
             writer.commit(name, part.tensors, {})
         writer.finish({**SHAPES[shape], "quantization_config": whole.to_config()})
 

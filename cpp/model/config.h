@@ -33,7 +33,7 @@ struct ModelConfig {
   int64_t num_experts_per_tok = 0;
   int64_t moe_intermediate_size = 0;
   bool norm_topk_prob = false;
-  std::string moe_block;                       ///< module of a layer that holds the router and the experts
+  std::string moe_block;                      ///< module of a layer that holds the router and the experts
   std::array<std::string, 3> expert_linears;  ///< names of an expert's gate, up and down projection
 
   bool has_experts() const { return num_experts != 0; }

@@ -108,9 +108,8 @@ void Decoder::attend(std::span<const Row> rows, int64_t layer_index) {
   const int64_t kv_size = config_.attention().kv_size();
 
   const std::array<const Linear*, 3> readers = {&layer.q_proj, &layer.k_proj, &layer.v_proj};
-  for_each(backend_, tokens, [&](int64_t t) {
-    normalize(hidden_.data() + t * hidden, layer.input_layernorm, normalized_, t, readers);
-  });
+  for_each(backend_, tokens,
+           [&](int64_t t) { normalize(hidden_.data() + t * hidden, layer.input_layernorm, normalized_, t, readers); });
   run_linears(backend_, normalized_,
               std::array<LinearCall, 3>{{{&layer.q_proj, {0, tokens}, q_.data(), q_size},
                                          {&layer.k_proj, {0, tokens}, k_.data(), kv_size},
@@ -163,15 +162,16 @@ void Decoder::feed_forward(int64_t tokens, const LayerWeights& layer) {
     normalize(hidden_.data() + t * hidden, layer.post_attention_layernorm, normalized_, t, readers);
   });
   run_linears(backend_, normalized_,
-              std::array<LinearCall, 2>{
-                  {{&layer.mlp.gate_proj, {0, tokens}, gated_.row(0), intermediate}, {&layer.mlp.up_proj, {0, tokens}, up_.data(), intermediate}}});
+              std::array<LinearCall, 2>{{{&layer.mlp.gate_proj, {0, tokens}, gated_.row(0), intermediate},
+                                         {&layer.mlp.up_proj, {0, tokens}, up_.data(), intermediate}}});
   const std::array<const Linear*, 1> output = {&layer.mlp.down_proj};
   for_each(backend_, tokens, [&](int64_t t) {
     kernels.silu_mul(gated_.row(t), up_.data() + t * intermediate, intermediate, gated_.row(t));
     if (!backend_.exact) gated_.build(kernels, t, output);
   });
-  run_linears(backend_, gated_,
-              std::array<LinearCall, 1>{{{&layer.mlp.down_proj, {0, tokens}, projected_.data(), hidden, hidden_.data()}}});
+  run_linears(
+      backend_, gated_,
+      std::array<LinearCall, 1>{{{&layer.mlp.down_proj, {0, tokens}, projected_.data(), hidden, hidden_.data()}}});
 }
 
 void Decoder::feed_forward_sparse(int64_t tokens, const LayerWeights& layer) {

@@ -45,7 +45,7 @@ Weights::Weights(const ModelConfig& config, const Backend& backend) : config_(co
 
 std::vector<const Linear*> LayerWeights::mlp_readers() const {
   if (!is_sparse()) return {&mlp.gate_proj, &mlp.up_proj};
-  std::vector<const Linear*> readers;
+  std::vector<const Linear*> readers = {&router};
   for (const MlpWeights& expert : experts) readers.insert(readers.end(), {&expert.gate_proj, &expert.up_proj});
   return readers;
 }

@@ -29,7 +29,7 @@ struct LayerWeights {
   std::vector<MlpWeights> experts;  ///< of a sparse layer: [num_experts]
 
   bool is_sparse() const { return !experts.empty(); }
-  /// The linears that read the normalized input of the feed-forward through lookup tables.
+  /// The linears that read the normalized input of the feed-forward.
   std::vector<const Linear*> mlp_readers() const;
 };
 

@@ -27,8 +27,7 @@ std::string shape_text(int64_t out_features, int64_t in_features) {
 Activations::Activations(int64_t max_tokens, int64_t features)
     : max_tokens_(max_tokens), features_(features), values_(max_tokens * features) {}
 
-Activations::Activations(int64_t max_tokens, const Activations& source)
-    : Activations(max_tokens, source.features_) {
+Activations::Activations(int64_t max_tokens, const Activations& source) : Activations(max_tokens, source.features_) {
   for (const Tables& tables : source.tables_) {
     Tables& added = tables_.emplace_back();
     added.segment_size = tables.segment_size;

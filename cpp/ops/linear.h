@@ -34,8 +34,8 @@ class Activations {
   void reserve_tables(const Linear& consumer);
   /// Builds the tables of one token that `consumers` read. Different tokens may be built concurrently.
   void build(const KernelTable& kernels, int64_t token, std::span<const Linear* const> consumers);
-  /// Makes row `token` the one that `source`, as given to the constructor, holds at `source_token`: its tables are shared
-  /// and, where `values` are wanted, these copied. Different tokens may be shared concurrently.
+  /// Makes row `token` the one that `source`, as given to the constructor, holds at `source_token`: its tables are
+  /// shared and, where `values` are wanted, these copied. Different tokens may be shared concurrently.
   void share(int64_t token, const Activations& source, int64_t source_token, bool values);
   /// Tables of all tokens, [max_tokens]; nullptr when no consumer asked for this segment size.
   const TableView* tables(int64_t segment_size) const;

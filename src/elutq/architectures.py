@@ -5,13 +5,13 @@ names of Hugging Face's Llama. They differ in biases, query and key norms, slidi
 experts in place of the one SwiGLU, which is what a row states.
 """
 
-import math
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from elutq.config_reader import ConfigReader
 from elutq.errors import ConfigError, UnsupportedArchitectureError
+from elutq.rope import MAX_POSITIONS, rotary_frequencies
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
@@ -27,7 +27,6 @@ _MAX_FEATURES = 1 << 20
 _MAX_VOCABULARY = 1 << 24
 _MAX_EXPERTS = 1024  # of a layer
 _MAX_EXPERTS_IN_ALL = 1 << 16
-_MAX_POSITIONS = 1 << 24  # float32 holds every position exactly, as transformers' rotary embedding needs
 
 
 class LinearSpec(NamedTuple):
@@ -101,7 +100,7 @@ class _Mixture:
     expert_linears: tuple[str, str, str]
     intermediate_size: str
     norm_topk_prob: bool | str
-    sparse_layers: Callable[["_Reader", int], tuple[bool, ...]]
+    sparse_layers: Callable[[ConfigReader, int], tuple[bool, ...]]
 
 
 @dataclass(frozen=True)
@@ -115,84 +114,26 @@ class _Family:
     attention_bias_o: bool | str
     mlp_bias: bool | str
     qk_norm: bool
-    sliding_windows: Callable[["_Reader", int], tuple[int, ...]]
+    sliding_windows: Callable[[ConfigReader, int], tuple[int, ...]]
     defaults: Mapping[str, Any]
     mixture: _Mixture | None = None
 
 
-class _Reader:
-    """Typed access to an untrusted config. Every complaint is a ConfigError that names the key."""
-
-    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
-        self._config = config
-        self._defaults = defaults
-        self._where = where
-
-    def get(self, key: str) -> Any:
-        return self._config.get(key, self._defaults.get(key))
-
-    def integer(self, key: str, high: int, low: int = 1) -> int:
-        value = self._required(key)
-        if type(value) is not int or not low <= value <= high:
-            raise ConfigError(
-                f"{self._where}: {key} must be an integer from {low} to {high}, not {value!r:.80}"
-            )
-        return value
-
-    def number(self, key: str, low: float, high: float) -> float:
-        value = self._required(key)
-        if type(value) not in (int, float) or not low <= value <= high:
-            raise ConfigError(
-                f"{self._where}: {key} must be a number from {low:g} to {high:g}, not {value!r:.80}"
-            )
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        value = self.get(key)
-        if value is not None and type(value) is not bool:
-            raise ConfigError(f"{self._where}: {key} must be true or false, not {value!r:.80}")
-        return bool(value)
-
-    def boolean(self, rule: bool | str) -> bool:
-        """A family's rule: the flag of that name, or a fixed answer."""
-        return self.flag(rule) if isinstance(rule, str) else rule
-
-    def text(self, key: str) -> str:
-        value = self._required(key)
-        if not isinstance(value, str):
-            raise ConfigError(f"{self._where}: {key} must be a string, not {value!r:.80}")
-        return value
-
-    def section(self, key: str) -> Mapping[str, Any]:
-        value = self.get(key)
-        if value is None:
-            return {}
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{self._where}: {key} must be a JSON object, not {value!r:.80}")
-        return value
-
-    def _required(self, key: str) -> Any:
-        value = self.get(key)
-        if value is None:
-            raise ConfigError(f"{self._where} lacks {key}; get the model's complete config.json")
-        return value
-
-
-def _no_windows(reader: _Reader, layers: int) -> tuple[int, ...]:
+def _no_windows(reader: ConfigReader, layers: int) -> tuple[int, ...]:
     return (0,) * layers
 
 
-def _mistral_windows(reader: _Reader, layers: int) -> tuple[int, ...]:
+def _mistral_windows(reader: ConfigReader, layers: int) -> tuple[int, ...]:
     if reader.get("sliding_window") is None:
         return (0,) * layers
-    return (reader.integer("sliding_window", _MAX_POSITIONS),) * layers
+    return (reader.integer("sliding_window", MAX_POSITIONS),) * layers
 
 
-def _qwen_windows(reader: _Reader, layers: int) -> tuple[int, ...]:
+def _qwen_windows(reader: ConfigReader, layers: int) -> tuple[int, ...]:
     """`layer_types` where it is given, else the layers from `max_window_layers` on."""
     window = 0
     if reader.flag("use_sliding_window") and reader.get("sliding_window") is not None:
-        window = reader.integer("sliding_window", _MAX_POSITIONS)
+        window = reader.integer("sliding_window", MAX_POSITIONS)
     types = reader.get("layer_types")
     if types is None:
         first = reader.integer("max_window_layers", _MAX_LAYERS, low=0)
@@ -212,19 +153,19 @@ def _qwen_windows(reader: _Reader, layers: int) -> tuple[int, ...]:
     return tuple(window if name == "sliding_attention" else 0 for name in types)
 
 
-def _qwen_moe_windows(reader: _Reader, layers: int) -> tuple[int, ...]:
+def _qwen_moe_windows(reader: ConfigReader, layers: int) -> tuple[int, ...]:
     """All layers or none: transformers reads neither `layer_types` nor `max_window_layers` here."""
     return _mistral_windows(reader, layers) if reader.flag("use_sliding_window") else (0,) * layers
 
 
-def _all_sparse(reader: _Reader, layers: int) -> tuple[bool, ...]:
+def _all_sparse(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
     return (True,) * layers
 
 
-def _qwen_sparse_layers(reader: _Reader, layers: int) -> tuple[bool, ...]:
+def _qwen_sparse_layers(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
     """Every `decoder_sparse_step`-th layer that is not in `mlp_only_layers`."""
     step = reader.integer("decoder_sparse_step", _MAX_LAYERS)
-    dense = reader.get("mlp_only_layers")
+    dense = [] if reader.get("mlp_only_layers") is None else reader.get("mlp_only_layers")
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         raise ConfigError("config.json: mlp_only_layers must be a list of layer numbers")
     return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))
@@ -278,7 +219,7 @@ FAMILIES: Mapping[str, _Family] = {
         mlp_bias=False,
         qk_norm=True,
         sliding_windows=_qwen_moe_windows,
-        defaults={**_QWEN_DEFAULTS, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        defaults={**_QWEN_DEFAULTS, "decoder_sparse_step": 1},
         mixture=_Mixture(
             moe_block="mlp",
             expert_linears=_MLP_LINEARS,
@@ -330,7 +271,7 @@ def engine_config(config: Mapping[str, Any]) -> EngineConfig:
     if family is None:
         raise UnsupportedArchitectureError(_unsupported_family(config))
 
-    reader = _Reader(config, family.defaults, "config.json")
+    reader = ConfigReader(config, family.defaults, "config.json")
     activation = reader.text("hidden_act")
     if activation != "silu":
         raise UnsupportedArchitectureError(f"hidden_act {activation!r:.80} is not supported; only 'silu' is")
@@ -347,8 +288,8 @@ def engine_config(config: Mapping[str, Any]) -> EngineConfig:
             f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
     head_dim = _head_dim(reader, hidden_size, heads)
-    max_positions = reader.integer("max_position_embeddings", _MAX_POSITIONS)
-    inv_freq, attention_factor = _rope(reader, head_dim, max_positions)
+    max_positions = reader.integer("max_position_embeddings", MAX_POSITIONS)
+    inv_freq, attention_factor = rotary_frequencies(reader, head_dim, max_positions)
 
     return EngineConfig(
         model_type=str(model_type),
@@ -490,7 +431,7 @@ def _unsupported_family(config: Mapping[str, Any]) -> str:
     return f"{what}; use a causal language model of one of the families {supported}"
 
 
-def _experts(reader: _Reader, mixture: _Mixture | None, layers: int) -> dict[str, Any]:
+def _experts(reader: ConfigReader, mixture: _Mixture | None, layers: int) -> dict[str, Any]:
     """The part of an EngineConfig that describes experts."""
     if mixture is None:
         return {
@@ -529,7 +470,7 @@ def _experts(reader: _Reader, mixture: _Mixture | None, layers: int) -> dict[str
     }
 
 
-def _head_dim(reader: _Reader, hidden_size: int, heads: int) -> int:
+def _head_dim(reader: ConfigReader, hidden_size: int, heads: int) -> int:
     if reader.get("head_dim") is not None:
         head_dim = reader.integer("head_dim", _MAX_FEATURES)
     elif hidden_size % heads == 0:
@@ -547,117 +488,3 @@ def _head_dim(reader: _Reader, hidden_size: int, heads: int) -> int:
             f"config.json: num_attention_heads x head_dim = {heads * head_dim} exceeds {_MAX_FEATURES}"
         )
     return head_dim
-
-
-def _float32(value: float) -> float:
-    """Nearest float32: frequencies are rounded where transformers rounds them."""
-    return float(struct.unpack("<f", struct.pack("<f", value))[0])
-
-
-def _rope(reader: _Reader, head_dim: int, max_positions: int) -> tuple[tuple[float, ...], float]:
-    """Inverse frequencies [head_dim / 2] and the factor on cosines and sines.
-
-    With theta the base and i = 0 .. head_dim/2 - 1 (Su et al. 2021; Hugging Face's `modeling_rope_utils`):
-
-        default   f_i = theta ** (-2 i / head_dim)
-        linear    f_i / factor
-        llama3    f_i                   for wavelengths 2 pi / f_i below original / high_freq_factor,
-                  f_i / factor          for those above original / low_freq_factor,
-                  ((1 - s) / factor + s) * f_i between, s = (original * f_i / (2 pi) - low) / (high - low)
-        yarn      (r_i / factor + 1 - r_i) * f_i, r a linear ramp between the dimensions that turn beta_fast
-                  and beta_slow times within the original context (Peng et al. 2023); cosines and sines are
-                  multiplied by 0.1 ln(factor) + 1, unless the config states the factor
-
-    `original` is original_max_position_embeddings. Both spellings are read: `rope_scaling` beside
-    `rope_theta` (transformers 4) and `rope_parameters` (transformers 5).
-    """
-    section = reader.section("rope_scaling") or reader.section("rope_parameters")
-    if any(isinstance(value, Mapping) for value in section.values()):
-        raise UnsupportedArchitectureError(
-            "rotary parameters that differ by layer type are not supported; use a model with one set"
-        )
-    inherited = {
-        "rope_theta": reader.get("rope_theta"),
-        "partial_rotary_factor": reader.get("partial_rotary_factor"),
-        "rope_type": section.get("type", "default"),
-        "original_max_position_embeddings": max_positions,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "truncate": True,
-    }
-    stated = {key: value for key, value in section.items() if value is not None}
-    rope = _Reader(stated, inherited, "config.json: rope_parameters")
-    theta = rope.number("rope_theta", 1.0001, 1e30)
-    if rope.get("partial_rotary_factor") not in (None, 1):
-        raise UnsupportedArchitectureError(
-            f"partial_rotary_factor {rope.get('partial_rotary_factor')!r:.80} is not supported; "
-            "all of a head must be rotated"
-        )
-    base = [_float32(theta ** (2 * i / head_dim)) for i in range(head_dim // 2)]
-    rope_type = rope.text("rope_type")
-    if rope_type == "default":
-        return tuple(_float32(1.0 / b) for b in base), 1.0
-    if rope_type == "linear":
-        factor = rope.number("factor", 1.0, 1e6)
-        return tuple(_float32(_float32(1.0 / b) / factor) for b in base), 1.0
-    if rope_type == "llama3":
-        return tuple(_llama3(rope, [_float32(1.0 / b) for b in base])), 1.0
-    if rope_type == "yarn":
-        return _yarn(rope, head_dim, theta, base)
-    raise UnsupportedArchitectureError(
-        f"rope_type {rope_type!r:.80} is not supported; default, linear, llama3 and yarn are"
-    )
-
-
-def _llama3(rope: _Reader, frequencies: list[float]) -> list[float]:
-    factor = rope.number("factor", 1.0, 1e6)
-    low = rope.number("low_freq_factor", 1e-6, 1e6)
-    high = rope.number("high_freq_factor", 1e-6, 1e6)
-    original = rope.integer("original_max_position_embeddings", _MAX_POSITIONS)
-    if high <= low:
-        raise ConfigError(
-            f"config.json: rope_parameters: high_freq_factor {high:g} must exceed low_freq_factor {low:g}"
-        )
-
-    def scaled(frequency: float) -> float:
-        wavelength = 2 * math.pi / frequency
-        if wavelength < original / high:
-            return frequency
-        if wavelength > original / low:
-            return frequency / factor
-        smooth = (original / wavelength - low) / (high - low)
-        return (1 - smooth) * frequency / factor + smooth * frequency
-
-    return [_float32(scaled(frequency)) for frequency in frequencies]
-
-
-def _yarn(rope: _Reader, head_dim: int, theta: float, base: list[float]) -> tuple[tuple[float, ...], float]:
-    factor = rope.number("factor", 1.0, 1e6)
-    original = rope.integer("original_max_position_embeddings", _MAX_POSITIONS)
-
-    def dimension(rotations: float) -> float:
-        """The dimension that makes this many turns within the original context."""
-        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
-
-    first = dimension(rope.number("beta_fast", 1e-6, 1e6))
-    last = dimension(rope.number("beta_slow", 1e-6, 1e6))
-    if rope.flag("truncate"):
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, head_dim - 1)
-    width = last - first if last != first else 0.001
-
-    def scaled(i: int) -> float:
-        ramp = min(max((i - first) / width, 0.0), 1.0)
-        return ramp / (factor * base[i]) + (1 - ramp) / base[i]
-
-    def magnitude(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1.0
-
-    if rope.get("attention_factor") is not None:
-        attention = rope.number("attention_factor", 1e-6, 1e6)
-    elif rope.get("mscale") and rope.get("mscale_all_dim"):
-        mscale, mscale_all_dim = rope.number("mscale", 0.0, 1e6), rope.number("mscale_all_dim", 0.0, 1e6)
-        attention = magnitude(mscale) / magnitude(mscale_all_dim)
-    else:
-        attention = magnitude(1.0)
-    return tuple(_float32(scaled(i)) for i in range(head_dim // 2)), attention

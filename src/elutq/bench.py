@@ -32,7 +32,8 @@ class BenchResult:
         decode_tok_s: tokens per second after the prompt, one at a time for each sequence.
         read_bandwidth_gb_s: what the same threads read from memory, measured in turn with the repeats.
         decode_bytes_per_token: what a token must read at the mean context of the run: its cache, and a share
-            of the weights, which the sequences read once.
+            of the weights, which the sequences read once. Of a mixture of experts it counts those of one
+            token, the least that several may share.
         decode_roofline_fraction: decode_bytes_per_token * decode_tok_s over the bandwidth; 1 is the limit.
         context_decode_tok_s: tokens per second after `context` tokens, None when that was not asked for.
         isa: kernels that ran.

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from elutq import _core
-from elutq.architectures import EMBEDDING, HEAD, block_linears, engine_config
+from elutq.architectures import EMBEDDING, HEAD, EngineConfig, block_linears, engine_config
 from elutq.errors import InvalidArgumentError, MissingDependencyError
 from elutq.runtime import machine_options
 from elutq.scheme import QUANT_METHOD, ModelScheme, QuantScheme
@@ -29,7 +29,7 @@ except ImportError as error:
         f"elutq.hf needs torch and transformers ({error}); install them with: pip install 'elutq[hf]'"
     ) from None
 
-__all__ = ["HlqConfig", "HlqEmbedding", "HlqLinear", "HlqQuantizer"]
+__all__ = ["HlqConfig", "HlqEmbedding", "HlqExperts", "HlqLinear", "HlqQuantizer"]
 
 
 class HlqMatrixModule(nn.Module):
@@ -146,6 +146,53 @@ class HlqEmbedding(HlqMatrixModule):
         return rows.to(self._like.dtype).reshape(*ids.shape, self.in_features)
 
 
+class HlqExperts(nn.Module):
+    """The experts of a layer, each an MLP of quantized linears; takes the place of transformers' fused ones.
+
+    Args:
+        config: of the model.
+        block: name of the experts' module on disk: `model.layers.N.mlp.experts`, for example.
+        scheme: of the model.
+
+    Raises:
+        InvalidArgumentError: not all experts are quantized.
+    """
+
+    def __init__(self, config: EngineConfig, block: str, scheme: ModelScheme) -> None:
+        super().__init__()
+        self._names = config.expert_linears
+        hidden, intermediate = config.hidden_size, config.moe_intermediate_size
+        shapes = ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
+        for number in range(config.num_experts):
+            expert = nn.Module()
+            for name, shape in zip(self._names, shapes, strict=True):
+                found = scheme.for_block_linear(f"{block}.{number}.{name}")
+                if found is None:
+                    raise InvalidArgumentError(
+                        f"{block}.{number}.{name} is not quantized, and transformers cannot load experts of "
+                        "which some are; run the folder with elutq.load, or quantize all experts"
+                    )
+                expert.add_module(name, HlqLinear(*shape, found, bias=False))
+            self.add_module(str(number), expert)
+
+    def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Activations [tokens, hidden_size] -> the same, added up over each token's experts.
+
+        Args:
+            x: the activations.
+            top_k_index: each token's experts, [tokens, num_experts_per_tok].
+            top_k_weights: what their results are multiplied by, likewise.
+        """
+        out = torch.zeros_like(x)
+        for number in sorted(set(top_k_index.flatten().tolist())):
+            gate, up, down = (self.get_submodule(f"{number}.{name}") for name in self._names)
+            tokens, ranks = torch.where(top_k_index == number)
+            rows = x[tokens]
+            y = down(nn.functional.silu(gate(rows)) * up(rows)) * top_k_weights[tokens, ranks, None]
+            out = out.index_add(0, tokens, y.to(out.dtype))
+        return out
+
+
 class HlqTiedHead(nn.Module):
     """A head that multiplies by the embedding's matrix and has none of its own."""
 
@@ -208,9 +255,13 @@ class HlqQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
         scheme = self.quantization_config.scheme
         config = engine_config(model.config.to_dict())
+        for layer, sparse in enumerate(config.sparse_layers):
+            if sparse:
+                experts = HlqExperts(config, f"model.layers.{layer}.{config.moe_block}.experts", scheme)
+                model.set_submodule(f"model.layers.{layer}.mlp.experts", experts)
         for name, out_features, in_features in block_linears(config):
             found = scheme.for_block_linear(name)
-            if found is not None:
+            if found is not None and ".experts." not in name:
                 bias = model.get_submodule(name).bias is not None
                 model.set_submodule(name, HlqLinear(out_features, in_features, found, bias))
         if EMBEDDING in scheme.overrides:

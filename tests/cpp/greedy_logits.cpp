@@ -65,6 +65,7 @@ ModelConfig read_config(Dump& dump) {
     *flag = dump.flag();
   }
   config.sliding_windows = dump.array<int64_t>();
+  config.sparse_layers.resize(config.num_hidden_layers);  // dense models alone are dumped
   config.rope_inv_freq = dump.array<float>();
   const std::vector<float> factors = dump.array<float>();
   config.rms_norm_eps = factors.at(0);

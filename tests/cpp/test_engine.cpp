@@ -42,6 +42,18 @@ ModelConfig tiny_config() {
   return config;
 }
 
+ModelConfig tiny_mixture() {
+  ModelConfig config = tiny_config();
+  config.sparse_layers = {false, true};
+  config.num_experts = 5;
+  config.num_experts_per_tok = 2;
+  config.moe_intermediate_size = 24;
+  config.norm_topk_prob = true;
+  config.moe_block = "block_sparse_moe";
+  config.expert_linears = {"w1", "w3", "w2"};
+  return config;
+}
+
 /// All weights: vectors that are the same every time, and matrix(name, out_features, in_features) for each matrix.
 template <typename SetMatrix>
 void fill(Engine& engine, SetMatrix matrix) {
@@ -55,7 +67,8 @@ void fill(Engine& engine, SetMatrix matrix) {
   matrix("model.embed_tokens", 50, 32);
   if (!config.tie_word_embeddings) matrix("lm_head", 50, 32);
   vector("model.norm.weight", 32);
-  for (const std::string layer : {"model.layers.0.", "model.layers.1."}) {
+  for (int64_t i = 0; i < config.num_hidden_layers; ++i) {
+    const std::string layer = "model.layers." + std::to_string(i) + ".";
     vector(layer + "input_layernorm.weight", 32);
     vector(layer + "post_attention_layernorm.weight", 32);
     vector(layer + "self_attn.q_norm.weight", 8);
@@ -67,9 +80,20 @@ void fill(Engine& engine, SetMatrix matrix) {
     matrix(layer + "self_attn.k_proj", 16, 32);
     matrix(layer + "self_attn.v_proj", 16, 32);
     matrix(layer + "self_attn.o_proj", 32, 32);
-    matrix(layer + "mlp.gate_proj", 40, 32);
-    matrix(layer + "mlp.up_proj", 40, 32);
-    matrix(layer + "mlp.down_proj", 32, 40);
+    if (!config.sparse_layers[i]) {
+      matrix(layer + "mlp.gate_proj", 40, 32);
+      matrix(layer + "mlp.up_proj", 40, 32);
+      matrix(layer + "mlp.down_proj", 32, 40);
+      continue;
+    }
+    const std::string block = layer + "block_sparse_moe.";
+    matrix(block + "gate", config.num_experts, 32);
+    for (int64_t e = 0; e < config.num_experts; ++e) {
+      const std::string expert = block + "experts." + std::to_string(e) + ".";
+      matrix(expert + "w1", 24, 32);
+      matrix(expert + "w3", 24, 32);
+      matrix(expert + "w2", 32, 24);
+    }
   }
 }
 
@@ -139,8 +163,7 @@ std::vector<int32_t> some_tokens(size_t count) {
 
 TEST_CASE("logits do not depend on chunks, company or threads") {
   const std::vector<int32_t> tokens = some_tokens(1090);  // nine chunks, two sections
-  ModelConfig config = tiny_config();
-  config.max_position_embeddings = 1100;
+  ModelConfig config;
   std::vector<float> expected;
   const auto check = [&](int threads, KvType kv_type) {
     Engine engine(config, "", threads, false, kv_type);
@@ -165,9 +188,13 @@ TEST_CASE("logits do not depend on chunks, company or threads") {
       CHECK(std::equal(rows.begin() + 50, rows.begin() + 100, expected.begin() + (done - 1) * 50));
     }
   };
-  for (const KvType kv_type : {KvType::kFloat16, KvType::kInt8}) {
-    expected.clear();
-    for (const int threads : {1, 2, 4}) check(threads, kv_type);
+  for (const ModelConfig& model : {tiny_config(), tiny_mixture()}) {
+    config = model;
+    config.max_position_embeddings = 1100;
+    for (const KvType kv_type : {KvType::kFloat16, KvType::kInt8}) {
+      expected.clear();
+      for (const int threads : {1, 2, 4}) check(threads, kv_type);
+    }
   }
 }
 
@@ -192,7 +219,54 @@ TEST_CASE("every machine computes the same tokens, from the same bits") {
     const Trace int8 = greedy(int8_engine, some_tokens(150), 24);
     CHECK(int8.tokens == "15 8 13 42 42 13 42 42 42 42 42 42 42 42 42 13 42 13 13 42 13 42 13 13 ");
     CHECK(int8.hash == 7391708033964485777ULL);
+
+    Engine mixture_engine(tiny_mixture(), isa, 2, false, KvType::kFloat16);
+    fill_hlq(mixture_engine);
+    const Trace mixture = greedy(mixture_engine, some_tokens(150), 24);
+    CHECK(mixture.tokens == "15 15 15 15 15 15 42 13 13 13 13 13 13 13 13 13 13 13 13 13 13 13 13 13 ");
+    CHECK(mixture.hash == 683661640603265694ULL);
   }
+}
+
+TEST_CASE("a token is given to its most probable experts, of equals to those of lower index") {
+  // With a router of zeros all are equally probable and the first two are chosen: the third does not matter.
+  ModelConfig config = tiny_mixture();
+  const auto logits_of = [&](bool norm, float third_expert) {
+    config.norm_topk_prob = norm;
+    Engine engine(config, "", 1, false, KvType::kFloat16);
+    fill(engine);
+    std::vector<float> router(5 * 32, 0.0F), third(24 * 32, third_expert);
+    engine.weights().set_dense("model.layers.1.block_sparse_moe.gate", DenseType::kFloat32, router.data(), 5, 32,
+                               nullptr);
+    engine.weights().set_dense("model.layers.1.block_sparse_moe.experts.2.w3", DenseType::kFloat32, third.data(), 24,
+                               32, nullptr);
+    const auto sequence = engine.new_sequence(10);
+    const std::vector<int32_t> tokens = {3, 1, 4};
+    std::vector<float> logits(3 * 50);
+    engine.step(std::array<StepItem, 1>{{{sequence.get(), tokens, true}}}, logits.data());
+    return logits;
+  };
+  CHECK(logits_of(true, 0.0F) == logits_of(true, 9.0F));
+  CHECK(logits_of(true, 0.0F) != logits_of(false, 0.0F));
+}
+
+TEST_CASE("a decoded token reads only the experts it is given to") {
+  ModelConfig config = tiny_mixture();
+  Engine two(config, "", 1, false, KvType::kFloat16);
+  fill_hlq(two);
+  config.num_experts_per_tok = 5;
+  Engine all(config, "", 1, false, KvType::kFloat16);
+  fill_hlq(all);
+  CHECK(all.weights().memory_bytes() == two.weights().memory_bytes());
+  // fill_hlq() gives its n-th matrix 1 + n % 4 bits; before the experts come embedding, head, 7 + 4 of the layers and
+  // the router. Rows are of one group.
+  int64_t experts = 0;
+  for (int64_t n = 15; n < 30; ++n) {
+    const bool is_down = n % 3 == 2;
+    const int64_t rows = is_down ? 32 : 24, columns = is_down ? 24 : 32, bits = 1 + n % kMaxBits;
+    experts += rows * (bits * columns / 8 + 2 * (bits + 1));
+  }
+  CHECK(all.weights().bytes_per_token() - two.weights().bytes_per_token() == experts / 5 * 3);
 }
 
 TEST_CASE("incomplete or foreign weights are named") {
@@ -210,6 +284,14 @@ TEST_CASE("incomplete or foreign weights are named") {
   CHECK_THROWS_AS(set("model.layers.2.mlp.up_proj", 32, 32), std::invalid_argument);
   CHECK_THROWS_AS(set("model.layers.0.self_attn.q_proj", 32, 31), std::invalid_argument);
   CHECK_THROWS_AS(weights.set_vector("model.norm.weight", std::vector<float>(31)), std::invalid_argument);
+  Engine mixture(tiny_mixture(), "", 1, false, KvType::kFloat16);
+  fill(mixture);
+  CHECK_THROWS_AS(mixture.weights().set_dense("model.layers.1.block_sparse_moe.experts.5.w1", DenseType::kFloat32,
+                                              values.data(), 24, 32, nullptr),
+                  std::invalid_argument);
+  CHECK_THROWS_AS(
+      mixture.weights().set_dense("model.layers.1.mlp.up_proj", DenseType::kFloat32, values.data(), 40, 32, nullptr),
+      std::invalid_argument);
   CHECK_THROWS_AS(weights.set_vector("model.norm.bias", std::vector<float>(32)), std::invalid_argument);
   fill(engine);
   engine.step(items, logits.data());
@@ -227,6 +309,16 @@ TEST_CASE("configs are validated") {
   broken([](ModelConfig& c) { c.rope_inv_freq.pop_back(); });
   broken([](ModelConfig& c) { c.sliding_windows.pop_back(); });
   broken([](ModelConfig& c) { c.vocab_size = 0; });
+  broken([](ModelConfig& c) { c.sparse_layers.pop_back(); });
+  broken([](ModelConfig& c) { c.sparse_layers[0] = true; });
+  broken([](ModelConfig& c) {
+    c = tiny_mixture();
+    c.num_experts_per_tok = 6;
+  });
+  broken([](ModelConfig& c) {
+    c = tiny_mixture();
+    c.moe_intermediate_size = 0;
+  });
   CHECK_THROWS_AS(Engine(tiny_config(), "no-such-isa", 1, false, KvType::kFloat16), std::invalid_argument);
   CHECK_THROWS_AS(Engine(tiny_config(), "", 0, false, KvType::kFloat16), std::invalid_argument);
 }

@@ -132,7 +132,7 @@ TEST_CASE("to_float is exact and to_half rounds to nearest even") {
   }
 }
 
-TEST_CASE("rms_norm, rope, add and silu_mul match their definitions, the same bits everywhere") {
+TEST_CASE("norms, sums, softmax, rope and silu_mul match their definitions, the same bits everywhere") {
   for (const int64_t count : kCounts) {
     const auto x = random_floats(count, 21, 2.0f);
     const auto w = random_floats(count, 22);
@@ -153,6 +153,18 @@ TEST_CASE("rms_norm, rope, add and silu_mul match their definitions, the same bi
       std::vector<float> sum = w;
       kernels->add(x.data(), count, sum.data());
       for (int64_t i = 0; i < count; ++i) CHECK(sum[i] == x[i] + w[i]);
+
+      std::vector<float> scaled = w;
+      kernels->add_scaled(x.data(), 0.3f, count, scaled.data());
+      for (int64_t i = 0; i < count; ++i) CHECK(scaled[i] == std::fma(0.3f, x[i], w[i]));
+
+      std::vector<float> exponentials = x;
+      const float most = *std::max_element(x.begin(), x.end());
+      for (float& value : exponentials) value = reference::exp(value - most);
+      const float inverse_sum = 1.0f / reference::sum(exponentials.data(), count);
+      std::vector<float> probabilities = x;
+      kernels->softmax(probabilities.data(), count);
+      for (int64_t i = 0; i < count; ++i) CHECK(probabilities[i] == exponentials[i] * inverse_sum);
 
       std::vector<float> silu = x;
       kernels->silu_mul(silu.data(), w.data(), count, silu.data());

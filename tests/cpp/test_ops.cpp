@@ -96,6 +96,40 @@ TEST_CASE("a group of linears gives each one's product, bias and residual, for a
   CHECK(results[2] == results[0]);
 }
 
+TEST_CASE("linears may read different rows, and rows of other activations") {
+  constexpr int64_t kIn = 96;
+  const HlqData first({70, kIn, 2, 32}, 1);
+  const HlqData second({33, kIn, 3, kIn}, 2);
+  const std::vector<float> values = normals(4 * kIn, 3);
+  for (const bool exact : {false, true}) {
+    for (const int threads : {1, 3}) {
+      ThreadPool pool(threads);
+      const Backend backend{&select_kernels(""), &pool, exact};
+      std::array<Linear, 2> linears = {Linear(70, kIn), Linear(33, kIn)};
+      linears[0].set_hlq(backend, first.view());
+      linears[1].set_hlq(backend, second.view());
+      Activations x = activations(values, 4, kIn);
+      for (const Linear& linear : linears) x.reserve_tables(linear);
+      const std::array<const Linear*, 2> consumers = {&linears[0], &linears[1]};
+      for (int64_t t = 0; t < 4; ++t) x.build(*backend.kernels, t, consumers);
+      std::vector<float> all(4 * 70), all_second(4 * 33);
+      run_linears(backend, x,
+                  std::array<LinearCall, 2>{
+                      {{&linears[0], {0, 4}, all.data(), 70}, {&linears[1], {0, 4}, all_second.data(), 33}}});
+
+      const std::array<int64_t, 5> order = {3, 0, 3, 1, 2};
+      Activations gathered(5, x);
+      for (int64_t i = 0; i < 5; ++i) gathered.share(i, x, order[i], exact);
+      std::vector<float> y(2 * 70), z(3 * 33);
+      run_linears(
+          backend, gathered,
+          std::array<LinearCall, 2>{{{&linears[0], {0, 2}, y.data(), 70}, {&linears[1], {2, 3}, z.data(), 33}}});
+      for (int64_t i = 0; i < 2; ++i) CHECK(std::equal(&y[i * 70], &y[i * 70] + 70, &all[order[i] * 70]));
+      for (int64_t i = 0; i < 3; ++i) CHECK(std::equal(&z[i * 33], &z[i * 33] + 33, &all_second[order[2 + i] * 33]));
+    }
+  }
+}
+
 TEST_CASE("tables are built per segment size and shared") {
   ThreadPool pool(2);
   const Backend backend{&select_kernels(""), &pool, false};

@@ -1,6 +1,7 @@
 """HLQ folders in transformers, beside the engine."""
 
 import copy
+import json
 import os
 import pickle
 import subprocess
@@ -52,6 +53,26 @@ def untied(make_folder: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+@pytest.fixture
+def qwen3_moe(make_folder: Callable[..., Path], tmp_path: Path) -> Path:
+    """A random mixture of experts after a dense layer; its embedding is not quantized."""
+    return mixture(make_folder, tmp_path, model_type="qwen3_moe", mlp_only_layers=[0])
+
+
+@pytest.fixture
+def mixtral(make_folder: Callable[..., Path], tmp_path: Path) -> Path:
+    """The same with Mixtral's names, which transformers changes in memory."""
+    return mixture(make_folder, tmp_path, model_type="mixtral")
+
+
+def mixture(make_folder: Callable[..., Path], folder: Path, **keys: Any) -> Path:
+    sizes = {"hidden_size": 72, "intermediate_size": 100, "moe_intermediate_size": 40, "vocab_size": 310}
+    sizes |= {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    source = make_folder(folder / "source", **sizes, **keys)
+    quantize(source, folder / "out", bits=3, group_size=32)
+    return folder / "out"
+
+
 def from_pretrained(folder: Path, **options: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **options})
 
@@ -61,7 +82,7 @@ def logits(model: Any, ids: list[int] = IDS) -> np.ndarray:
         return model(torch.tensor([ids], device=model.device)).logits[0].float().cpu().numpy()
 
 
-@pytest.mark.parametrize("which", ["tied", "untied"])
+@pytest.mark.parametrize("which", ["tied", "untied", "qwen3_moe", "mixtral"])
 def test_logits_are_near_the_engines(
     which: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +124,7 @@ def test_dequantizing_agrees_with_the_kernels(which: str, request: pytest.Fixtur
     assert np.abs(fast - slow.detach().numpy()).max() < 0.5 * fast.std()
 
 
-@pytest.mark.parametrize("which", ["tied", "untied"])
+@pytest.mark.parametrize("which", ["tied", "untied", "qwen3_moe", "mixtral"])
 def test_saved_again_it_is_the_same_folder(
     which: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -127,6 +148,15 @@ def test_casts_copies_and_pickles_keep_the_parameters(untied: Path) -> None:
     half = from_pretrained(untied, dtype=torch.bfloat16)
     assert half.model.embed_tokens(torch.tensor([1])).dtype == torch.bfloat16
     assert np.abs(logits(half) - expected).max() < expected.std()
+
+
+def test_experts_are_quantized_all_or_none(qwen3_moe: Path) -> None:
+    config = json.loads((qwen3_moe / "config.json").read_text())
+    kept = "model.layers.1.mlp.experts.3.down_proj"
+    config["quantization_config"]["modules_to_not_convert"] = [kept]
+    (qwen3_moe / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidArgumentError, match=rf"{kept} is not quantized"):
+        from_pretrained(qwen3_moe)
 
 
 def test_new_weights_replace_the_packed_ones(untied: Path) -> None:

@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +10,16 @@ from elutq.architectures import (
     EMBEDDING,
     FAMILIES,
     HEAD,
+    EngineConfig,
     block_linears,
     engine_config,
+    kind_of,
+    mlp_of,
     outer_linears,
+    routers,
     vectors,
 )
+from elutq.checkpoint.safetensors import SafetensorsFile
 from elutq.errors import ConfigError, UnsupportedArchitectureError
 
 LLAMA: dict[str, Any] = {
@@ -26,6 +32,9 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
 }
+
+#: What mixtures of experts need beside.
+EXPERTS: dict[str, Any] = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 
 ROPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -133,12 +142,15 @@ def test_module_names_and_shapes() -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("rope", sorted(ROPES))
 @pytest.mark.parametrize("spelling", [4, 5])
-def test_agrees_with_transformers(family: str, rope: str, spelling: int) -> None:
+def test_agrees_with_transformers(family: str, rope: str, spelling: int, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
+    keys = with_keys(model_type=family)
+    if FAMILIES[family].mixture:
+        keys |= {**EXPERTS, "head_dim": 16}  # which transformers' own yarn needs of Mixtral
     if spelling == 4:
-        keys = with_keys(model_type=family, rope_theta=500000.0, rope_scaling=ROPES[rope] or None)
+        keys |= {"rope_theta": 500000.0, "rope_scaling": ROPES[rope] or None}
     else:
-        keys = with_keys(model_type=family, rope_parameters={"rope_theta": 500000.0, **ROPES[rope]})
+        keys |= {"rope_parameters": {"rope_theta": 500000.0, **ROPES[rope]}}
     ours = engine_config(keys)
     config = transformers.AutoConfig.for_model(**copy.deepcopy(keys))
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -146,11 +158,99 @@ def test_agrees_with_transformers(family: str, rope: str, spelling: int) -> None
     rotary = model.model.rotary_emb
     assert ours.rope_inv_freq == pytest.approx(rotary.inv_freq.tolist(), rel=1e-6, abs=0)
     assert ours.rope_attention_factor == pytest.approx(rotary.attention_scaling, rel=1e-7)
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    model.save_pretrained(tmp_path)  # which undoes what transformers fuses in memory
+    expected = {
+        name: info.shape for name, info in SafetensorsFile(tmp_path / "model.safetensors").tensors.items()
+    }
     shapes: dict[str, tuple[int, ...]] = {name: (size,) for name, size in vectors(ours)}
-    for name, out_features, in_features in block_linears(ours) + outer_linears(ours):
+    for name, out_features, in_features in block_linears(ours) + routers(ours) + outer_linears(ours):
         shapes[f"{name}.weight"] = (out_features, in_features)
     assert shapes == expected
+    assert engine_config(config.to_dict()) == ours
+
+
+def test_qwen3_moe() -> None:
+    def of(**keys: Any) -> EngineConfig:
+        return engine_config(with_keys(model_type="qwen3_moe", **{**EXPERTS, **keys}))
+
+    config = of(num_hidden_layers=4, decoder_sparse_step=2, mlp_only_layers=[3])
+    assert config.sparse_layers == (False, True, False, False)
+    assert (config.num_experts, config.num_experts_per_tok) == (3, 2)
+    assert (config.intermediate_size, config.moe_intermediate_size) == (96, 40)
+    assert config.qk_norm
+    assert not config.norm_topk_prob
+    assert of(norm_topk_prob=True).norm_topk_prob
+    assert of().sparse_layers == (True, True)
+    assert of(mlp_only_layers=None).sparse_layers == (True, True)
+    assert of(num_experts=None, num_local_experts=5).num_experts == 5
+    assert of(sliding_window=8).sliding_windows == (0, 0)
+    assert of(sliding_window=8, use_sliding_window=True, max_window_layers=1).sliding_windows == (8, 8)
+    names = [linear.name for linear in block_linears(config)]
+    assert names[7:14] == [
+        *(f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"),
+        *(f"model.layers.1.mlp.experts.0.{name}_proj" for name in ("gate", "up", "down")),
+    ]
+    assert block_linears(config)[13] == ("model.layers.1.mlp.experts.0.down_proj", 64, 40)
+    assert names[19] == "model.layers.1.mlp.experts.2.down_proj"
+    assert len(names) == 3 * 7 + 4 + 3 * 3
+    assert routers(config) == [("model.layers.1.mlp.gate", 3, 64)]
+    assert len(vectors(config)) == 4 * 4 + 1
+
+
+def test_mixtral() -> None:
+    config = engine_config(
+        with_keys(model_type="mixtral", num_local_experts=3, num_experts_per_tok=1, sliding_window=8)
+    )
+    assert config.sparse_layers == (True, True)
+    assert (config.num_experts, config.moe_intermediate_size, config.norm_topk_prob) == (3, 96, True)
+    assert config.rms_norm_eps == 1e-5
+    assert config.sliding_windows == (8, 8)
+    expert = "model.layers.0.block_sparse_moe.experts.0"
+    assert block_linears(config)[4:7] == [
+        (f"{expert}.w1", 96, 64),
+        (f"{expert}.w3", 96, 64),
+        (f"{expert}.w2", 64, 96),
+    ]
+    assert routers(config)[1] == ("model.layers.1.block_sparse_moe.gate", 3, 64)
+
+
+def test_kinds_of_linears() -> None:
+    layer = "model.layers.0"
+    assert kind_of(EMBEDDING) == "embedding"
+    assert kind_of(HEAD) == "head"
+    assert kind_of(f"{layer}.self_attn.q_proj") == "q_proj"
+    assert kind_of(f"{layer}.mlp.gate") == kind_of(f"{layer}.block_sparse_moe.gate") == "router"
+    assert kind_of(f"{layer}.mlp.experts.11.gate_proj") == "gate_proj"
+    expert = f"{layer}.block_sparse_moe.experts.1"
+    assert [kind_of(f"{expert}.{name}") for name in ("w1", "w2", "w3")] == [
+        "gate_proj",
+        "down_proj",
+        "up_proj",
+    ]
+    assert mlp_of(f"{expert}.w2") == (f"{expert}.w1", f"{expert}.w3", f"{expert}.w2")
+    assert mlp_of(f"{layer}.mlp.gate") is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [
+        ({"num_experts": None}, "num_local_experts"),
+        ({"num_experts": 0}, "num_experts"),
+        ({"num_experts": 1025}, "num_experts"),
+        ({"num_experts": 1024, "num_hidden_layers": 65}, "65 layers.*65536"),
+        ({"num_local_experts": 4}, "num_local_experts 4 is not num_experts 3"),
+        ({"num_experts_per_tok": 4}, "num_experts_per_tok"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok"),
+        ({"moe_intermediate_size": None}, "moe_intermediate_size"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ({"mlp_only_layers": 1}, "mlp_only_layers"),
+        ({"mlp_only_layers": [0.5]}, "mlp_only_layers"),
+    ],
+)
+def test_bad_mixtures(keys: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        engine_config(with_keys(model_type="qwen3_moe", **{**EXPERTS, **keys}))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +259,7 @@ def test_agrees_with_transformers(family: str, rope: str, spelling: int) -> None
         ({"model_type": "gpt2"}, "gpt2.*llama, mistral"),
         ({"model_type": None}, "no model_type"),
         ({"model_type": ["llama"]}, "not supported"),
-        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture-of-experts"),
+        ({"model_type": "qwen2_moe", "num_experts": 8}, "qwen2_moe.*qwen3_moe"),
         ({"hidden_act": "gelu"}, "gelu.*silu"),
         ({"head_dim": 12}, "multiple of 8"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
@@ -215,6 +315,7 @@ JUNK = st.recursive(
     max_leaves=4,
 )
 KEYS = [*LLAMA, "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "layer_types"]
+KEYS += [*EXPERTS, "num_local_experts", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"]
 KEYS += ["use_sliding_window", "max_window_layers", "partial_rotary_factor", "hidden_act", "attention_bias"]
 ROPE_KEYS = [
     "rope_type",
@@ -238,7 +339,8 @@ ROPE_KEYS = [
 def test_hostile_configs_give_our_errors_only(
     family: str, junk: dict[str, Any], rope: str, rope_junk: dict[str, Any]
 ) -> None:
-    keys = with_keys(model_type=family, rope_scaling={**ROPES[rope], **rope_junk}, use_sliding_window=True)
+    scaling = {**ROPES[rope], **rope_junk}
+    keys = with_keys(model_type=family, rope_scaling=scaling, use_sliding_window=True, **EXPERTS)
     try:
         config = engine_config({**keys, **junk})
     except (ConfigError, UnsupportedArchitectureError) as error:

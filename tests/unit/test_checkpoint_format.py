@@ -371,6 +371,55 @@ def test_f19_unknown_keys_are_ignored(folder: Folder) -> None:
     folder.read_all()
 
 
+ROUTER = f"{LAYER}.block_sparse_moe.gate"
+
+
+@pytest.fixture
+def mixture(tmp_path: Path, golden: ModuleType) -> Folder:
+    """The golden model with a mixture of three experts in place of its MLP."""
+    folder = Folder(tmp_path / "mixture", golden)
+    folder.edit_config(
+        lambda config: config.update(model_type="mixtral", num_local_experts=3, num_experts_per_tok=2)
+    )
+    folder.edit_scheme(lambda scheme: scheme["modules"].pop(UP))
+
+    def edit(tensors: dict[str, Any]) -> None:
+        parts = ("planes", "scales", "zeros")
+        gate, _, down = (
+            {part: tensors.pop(f"{LAYER}.mlp.{name}_proj.{part}") for part in parts}
+            for name in ("gate", "up", "down")
+        )
+        for expert in range(3):
+            for name, stored in (("w1", gate), ("w3", gate), ("w2", down)):
+                prefix = f"{LAYER}.block_sparse_moe.experts.{expert}.{name}"
+                tensors |= {f"{prefix}.{part}": tensor for part, tensor in stored.items()}
+        tensors[f"{ROUTER}.weight"] = ("F16", [3, 40], bytes(240))
+
+    folder.edit_tensors(edit)
+    return folder
+
+
+def test_f30_a_router_is_not_quantized(mixture: Folder) -> None:
+    mixture.read_all()
+    mixture.edit_scheme(lambda scheme: scheme["modules_to_not_convert"].append(ROUTER))
+    mixture.read_all()
+    mixture.edit_scheme(lambda scheme: scheme["modules_to_not_convert"].remove(ROUTER))
+    mixture.edit_scheme(lambda scheme: scheme["modules"].update({ROUTER: {"bits": 4, "group_size": 32}}))
+    mixture.rejects(errors.ConfigError, "router")
+
+
+@pytest.mark.parametrize("name", [f"{LAYER}.block_sparse_moe.experts.2.w3.scales", f"{ROUTER}.weight"])
+def test_f24_no_tensor_of_a_mixture_may_be_missing(mixture: Folder, name: str) -> None:
+    mixture.edit_tensors(lambda tensors: tensors.pop(name))
+    mixture.rejects(errors.MissingTensorError, re.escape(name))
+
+
+def test_f25_an_expert_too_many_is_rejected(mixture: Folder) -> None:
+    mixture.edit_config(lambda config: config.update(num_local_experts=2))
+    mixture.edit_tensors(lambda tensors: tensors.update({f"{ROUTER}.weight": ("F16", [2, 40], bytes(160))}))
+    mixture.rejects(errors.UnexpectedTensorError, r"experts\.2")
+
+
 @pytest.mark.parametrize("part", ["planes", "scales", "zeros"])
 def test_f20_shapes_are_exact(folder: Folder, part: str) -> None:
     def reshape(tensors: dict[str, Any]) -> None:

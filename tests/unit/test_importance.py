@@ -86,6 +86,27 @@ def test_down_proj_sees_the_product_of_gate_and_up(tensors, read, normalized):
     assert_proportional(input_importance(f"{BLOCK}.mlp.down_proj", ENGINE, read), energy, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("family", "block", "names"),
+    [
+        ("qwen3_moe", "mlp", ("gate_proj", "up_proj", "down_proj")),
+        ("mixtral", "block_sparse_moe", ("w1", "w3", "w2")),
+    ],
+)
+def test_an_expert_is_estimated_as_the_mlp_it_is(family, block, names, tensors, read):
+    counts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 80}
+    engine = engine_config({**CONFIG, "model_type": family, **counts})
+    dense = engine_config({**CONFIG, "mlp_bias": False})
+    expert, mlp = f"{BLOCK}.{block}.experts.1", f"{BLOCK}.mlp"
+    pairs = list(zip(names, ("gate_proj", "up_proj", "down_proj"), strict=True))
+    for name, kind in pairs:
+        tensors[f"{expert}.{name}.weight"] = tensors[f"{mlp}.{kind}.weight"]
+    for name, kind in pairs:
+        expected = input_importance(f"{mlp}.{kind}", dense, read)
+        assert np.array_equal(input_importance(f"{expert}.{name}", engine, read), expected)
+    assert input_importance(f"{BLOCK}.{block}.gate", engine, read) is None
+
+
 def test_the_embedding_has_none_and_neither_has_a_dead_norm(tensors, read):
     assert input_importance("model.embed_tokens", ENGINE, read) is None
     tensors["model.norm.weight"][:] = 0

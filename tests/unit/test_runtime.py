@@ -474,6 +474,17 @@ def test_bytes_per_token() -> None:
     assert windowed.bytes_per_token(500) == windowed.bytes_per_token(30)
 
 
+def test_bytes_per_token_of_a_mixture() -> None:
+    keys = {"model_type": "qwen3_moe", "num_experts": 6, "moe_intermediate_size": 64}
+    one, three = (
+        random_model(tiny(**keys, num_experts_per_tok=n), bits=2, group_size=32, threads=1) for n in (1, 3)
+    )
+    expert = 3 * 96 * 64 // 4 + (2 * 64 * 3 + 96 * 2) * 2 * 3  # planes; rows x groups of scales and zeros
+    assert three.bytes_per_token(0) - one.bytes_per_token(0) == 2 * 2 * expert
+    assert three.weight_memory_bytes == one.weight_memory_bytes
+    assert np.isfinite(three.logits(tokens(40))).all()
+
+
 def test_memory_of_packed_weights_is_near_what_is_stored() -> None:
     model = random_model("smollm-135m", bits=2, threads=2)
     linears = sum(s.out_features * s.in_features for s in outer_linears(model.config))

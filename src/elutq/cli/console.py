@@ -21,6 +21,12 @@ def print_json(result: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def announce(text: str) -> None:
+    """A line on stderr, for people and logs alike."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 def show(*items: "RenderableType") -> None:
     """Text as it is, and tables, on stdout; plain characters when it is not a terminal."""
     from rich.console import Console

@@ -7,6 +7,8 @@ import typer
 
 from elutq.cli.options import JsonOption, ModelArgument, ThreadsOption
 
+_CALIBRATION = "Calibration"
+
 
 def quantize(
     model: ModelArgument,
@@ -20,8 +22,9 @@ def quantize(
     method: Annotated[
         str,
         typer.Option(
-            help="hlq; or, to compare with: rtn (min-max grid), uniform (best-clipped grid), "
-            "ao (HLQ as published), adam (its gradient variant)."
+            help="hlq: in minutes, without data. hlq-gptq: the most accurate, with calibration data. To compare "
+            "with: rtn (min-max grid), uniform (best-clipped grid), gptq (on that grid), ao and ao-gptq (HLQ as "
+            "published), adam (its gradient variant)."
         ),
     ] = "hlq",
     importance: Annotated[
@@ -36,6 +39,44 @@ def quantize(
     embedding_bits: Annotated[
         int | None, typer.Option(help="1 to 4, or 16 to leave the embedding; by default 4 if it is large.")
     ] = None,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Turn the model's axes first: spreads outliers, costs no speed.")
+    ] = False,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--calibration",
+            "-c",
+            metavar="TEXT",
+            help="A text, JSONL or Parquet file, a data set's name, or `self`: text that the model samples, the "
+            "default. May be given several times.",
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = None,
+    calibration_samples: Annotated[
+        int, typer.Option(help="Windows of text to calibrate on.", rich_help_panel=_CALIBRATION)
+    ] = 128,
+    calibration_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens in a window; by default 2048, or the model's limit.", rich_help_panel=_CALIBRATION
+        ),
+    ] = None,
+    calibration_seed: Annotated[
+        int, typer.Option(help="Decides which windows are taken.", rich_help_panel=_CALIBRATION)
+    ] = 0,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu or cuda; by default a GPU if there is one.", rich_help_panel=_CALIBRATION),
+    ] = None,
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload",
+            help="Keep activations on disk, beside OUT, when memory is short.",
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = False,
     threads: ThreadsOption = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a quantized model that is at OUT.")] = False,
     as_json: JsonOption = False,
@@ -46,7 +87,7 @@ def quantize(
     """
     from dataclasses import asdict
 
-    from elutq.cli.console import magnitude, megabytes, print_json, progress_bar, show
+    from elutq.cli.console import announce, magnitude, megabytes, print_json, progress_bar, show
     from elutq.cli.tables import kinds_table
     from elutq.quantize import quantize as run
 
@@ -60,16 +101,29 @@ def quantize(
             importance=importance,
             lm_head_bits=lm_head_bits,
             embedding_bits=embedding_bits,
+            rotate=rotate,
+            calibration=calibration or ["self"],
+            calibration_samples=calibration_samples,
+            calibration_length=calibration_length,
+            calibration_seed=calibration_seed,
+            device=device,
+            offload=offload,
             threads=threads,
             overwrite=overwrite,
             progress=progress,
+            announce=announce,
         )
     if as_json:
         print_json(asdict(report))
         return
-    show(
-        kinds_table(asdict(report.summary)),
+    lines = [
         f"{report.out}: {megabytes(report.file_bytes)}, "
         f"{report.summary.linear_bits_per_weight:.3f} bits per weight in the decoder blocks; "
-        f"{report.seconds:.1f} s, {magnitude(report.weights_per_second)} weights/s",
-    )
+        f"{report.seconds:.1f} s, {magnitude(report.weights_per_second)} weights/s"
+    ]
+    if report.nll:
+        lines.append(
+            f"on {report.nll['tokens']} tokens held out: nll {report.nll['full']:.4f} before, "
+            f"{report.nll['quantized']:.4f} after, KL {report.nll['kl']:.5f}"
+        )
+    show(kinds_table(asdict(report.summary)), *lines, *(f"warning: {text}" for text in report.warnings))
