@@ -45,8 +45,8 @@ class GroupProblem:
 
         Args:
             parameters: [bits + 1, rows], scales and, last, zero.
-            factor: V, upper triangular [columns, columns], M = V V^T: codes are chosen column by column, later ones
-                making up for the errors of earlier ones. None: each is the nearest to its target.
+            factor: V, upper triangular [columns, columns], M = V V^T: codes are chosen column by column, later
+                ones making up for the errors of earlier ones. None: each is the nearest to its target.
         """
         self._set_parameters(parameters)
         self.values, self.codes = self._nearest(self.target)
