@@ -10,7 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from elutq.errors import InvalidArgumentError, TensorValueError, TokenizerError
 from elutq.importance import input_importance
 from elutq.model_card import CARD_FILE, model_card
 from elutq.report import ModelSummary, SquaredError, summarize
-from elutq.scheme import FORMAT_VERSION, MAX_BITS, OUTER_SCHEME, ModelScheme, QuantScheme
+from elutq.scheme import MAX_BITS, OUTER_SCHEME, ModelScheme, QuantScheme
 from elutq.tokenizer import Tokenizer
 
 REPORT_FILE = "quantization_report.json"
@@ -83,6 +83,7 @@ def quantize(
     *,
     bits: int,
     group_size: int = 128,
+    param_bits: int = 16,
     method: str = "hlq",
     lm_head_bits: int | None = None,
     embedding_bits: int | None = None,
@@ -102,6 +103,8 @@ def quantize(
         out: the folder to make.
         bits: of the linear modules inside the decoder blocks, 1 to 4.
         group_size: of the same; 32, 64, 128, 256, or -1 for a whole row.
+        param_bits: of a scale or zero, in all matrices that are quantized: 16, or 8 under one fp16 factor per
+            row. With 8, `hlq.to_8bit` follows the method, and a uniform grid does not stay quite uniform.
         method: one of `hlq.METHODS`.
         lm_head_bits: 1 to 4 (in groups of 128), or 16 to leave the head as it is. By default 4 if it has at
             least 2^24 weights, else 16. A tied head is the embedding.
@@ -133,7 +136,8 @@ def quantize(
     with Checkpoint.open(source) as checkpoint:
         if checkpoint.scheme is not None:
             raise InvalidArgumentError(f"{source} is quantized already; give the original model")
-        scheme = plan(checkpoint.engine, QuantScheme(bits, group_size), lm_head_bits, embedding_bits)
+        blocks = QuantScheme(bits, group_size, param_bits)
+        scheme = plan(checkpoint.engine, blocks, lm_head_bits, embedding_bits)
         parts = model_parts(checkpoint.engine, scheme)
         found = {name: checkpoint.info(name) for name in checkpoint.names()}
         writer = CheckpointWriter(
@@ -158,7 +162,7 @@ def quantize(
                 settings={**scheme.to_config(), "method": method, "importance": importance},
                 versions={
                     "elutq": __version__,
-                    "format": FORMAT_VERSION,
+                    "format": scheme.version,
                     "python": platform.python_version(),
                     "numpy": np.__version__,
                 },
@@ -205,7 +209,7 @@ def plan(
     for name, bits in chosen.items():
         bits = default if bits is None else bits
         if bits != KEEP_BITS:
-            overrides[name] = QuantScheme(bits, OUTER_SCHEME.group_size)
+            overrides[name] = replace(OUTER_SCHEME, bits=bits, param_bits=blocks.param_bits)
     return ModelScheme(blocks, overrides)
 
 
@@ -245,8 +249,6 @@ class _Job:
         """Quantize a matrix; yields the weights done after each piece."""
         assert part.scheme is not None
         rows, columns = part.shape
-        groups = part.scheme.groups(columns)
-        row_bytes = -(-columns // 8)
         source = self._checkpoint.read(part.source)
         importance = self._input_importance(part) if self._importance else None
         measured = SquaredError(0.0, 0.0)
@@ -261,13 +263,14 @@ class _Job:
                 threads=self._threads,
                 name=part.source,
             )
+            if part.scheme.param_bits == 8:
+                matrix = hlq.to_8bit(weight, matrix, importance, threads=self._threads)
             measured += SquaredError(*hlq.squared_error(weight, matrix, threads=self._threads))
-            for plane in range(matrix.bits):
-                first = (plane * rows + piece.start) * row_bytes
-                self._writer.write(f"{part.name}.planes", matrix.planes[plane], at=first)
-            first = piece.start * groups
-            self._writer.write(f"{part.name}.scales", matrix.scales, at=first * matrix.bits)
-            self._writer.write(f"{part.name}.zeros", matrix.zeros, at=first)
+            for name, array in matrix.arrays.items():
+                of_rows = array if name == "planes" else array[None]  # [planes or 1, rows, ...]
+                for plane, values in enumerate(of_rows):
+                    first = (plane * rows + piece.start) * values[0].size
+                    self._writer.write(f"{part.name}.{name}", values, at=first)
             self._checkpoint.release(part.source)
             yield weight.size
         self._writer.commit(part.name, part.tensors, asdict(measured))

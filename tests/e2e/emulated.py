@@ -90,9 +90,10 @@ def write_dump(checkpoint: Checkpoint, file: BinaryIO) -> None:
             continue
         matrix = checkpoint.read_hlq(name)
         text("hlq")
-        integers(linear.out_features, linear.in_features, matrix.bits, matrix.group_size)
+        integers(linear.out_features, linear.in_features, matrix.bits, matrix.group_size, matrix.param_bits)
         for values in (matrix.planes, matrix.scales, matrix.zeros):
-            array(values)
+            array(np.ascontiguousarray(values).view(np.uint8))
+        array(np.zeros(0, np.float16) if matrix.row_scales is None else matrix.row_scales)
     for name, _ in vectors(c):
         text(name)
         text("vector")

@@ -278,9 +278,7 @@ def test_int8_tables_of_one_linear_are_within_two_percent(bits: int, group_size:
     for exact in (True, False):
         engine = _core.Engine(config, isa, 1, exact, "fp16")
         engine.set_float32(EMBEDDING, embedding)
-        engine.set_hlq(
-            HEAD, head.planes, head.scales.view(np.uint16), head.zeros.view(np.uint16), 608, group_size
-        )
+        engine.set_hlq(HEAD, head)
         for linear in block_linears(config):
             engine.set_float32(linear.name, np.zeros((linear.out_features, linear.in_features), np.float32))
         for name in ("input_layernorm", "post_attention_layernorm"):
