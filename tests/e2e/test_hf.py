@@ -36,8 +36,8 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
-def untied(make_folder: Callable[..., Path], tmp_path: Path) -> Path:
+@pytest.fixture(params=[16, 8], ids=["fp16", "8-bit"])
+def untied(make_folder: Callable[..., Path], tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A random model with biases and odd shapes; embedding and head have bits of their own."""
     shapes = {
         "model_type": "qwen2",
@@ -48,7 +48,8 @@ def untied(make_folder: Callable[..., Path], tmp_path: Path) -> Path:
         "num_hidden_layers": 2,
     }
     source = make_folder(tmp_path / "source", **shapes)
-    quantize(source, tmp_path / "out", bits=3, group_size=32, embedding_bits=2, lm_head_bits=4)
+    bits = {"bits": 3, "group_size": 32, "embedding_bits": 2, "lm_head_bits": 4}
+    quantize(source, tmp_path / "out", param_bits=request.param, **bits)
     return tmp_path / "out"
 
 
@@ -122,7 +123,10 @@ def test_casts_copies_and_pickles_keep_the_parameters(untied: Path) -> None:
     model = from_pretrained(untied)
     expected = logits(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to(torch.float64)):
-        assert other.model.layers[0].mlp.up_proj.scales.dtype == torch.float16
+        before, after = model.model.layers[0].mlp.up_proj, other.model.layers[0].mlp.up_proj
+        for name in ("scales", "zeros", "row_scales"):
+            kept, moved = getattr(before, name), getattr(after, name)
+            assert kept is moved is None or kept.dtype == moved.dtype != torch.float64
         assert np.allclose(logits(other), expected, atol=0.2 * expected.std())
     half = from_pretrained(untied, dtype=torch.bfloat16)
     assert half.model.embed_tokens(torch.tensor([1])).dtype == torch.bfloat16
