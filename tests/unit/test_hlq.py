@@ -479,7 +479,7 @@ def test_8_bit_parameters_have_the_types_of_the_format(columns, group_size):
 def test_8_bit_matrices_are_dequantized_by_their_integers(group_size):
     weight = normal(5, 70)
     matrix = hlq.to_8bit(weight, hlq.fit(weight, 4, group_size))
-    codes = unpack_codes(matrix.planes, 70)
+    codes = unpack_codes(matrix.planes, 70).astype(int)
     values = hlq.dequantize(matrix)
     for row, column in itertools.product(range(5), range(70)):
         group = 0 if group_size == -1 else column // group_size
