@@ -22,7 +22,7 @@ from elutq.packing import patterns
 Floats = NDArray[np.float64]
 
 #: A row's factor is tried at these fractions of the least one that clips no parameter.
-FRACTIONS = (1.0, 0.85, 0.7)
+FRACTIONS = (1.0, 0.75, 0.5)
 ROUNDS = 2
 #: Weight of the previous parameters, relative to the group's importance: it decides only what codes leave
 #: undetermined.
