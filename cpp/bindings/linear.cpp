@@ -17,10 +17,10 @@ namespace {
 
 using namespace elutq;
 
-using Activations = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Inputs = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 
-Matrix multiply(const PackedLinear& linear, const ::Activations& x) {
+Matrix multiply(const PackedLinear& linear, const Inputs& x) {
   if (static_cast<int64_t>(x.shape(1)) != linear.in_features()) {
     throw std::invalid_argument("x must be [tokens, in_features]");
   }
