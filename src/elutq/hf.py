@@ -66,7 +66,7 @@ class HlqMatrixModule(nn.Module):
         self._packed: _core.PackedLinear | None = None
 
     def dequantize(self, rows: Tensor | None = None) -> Tensor:
-        """The weights by rules F28 and F33 of the format, float32 [rows, in_features].
+        """The weights by rules F28 and F34 of the format, float32 [rows, in_features].
 
         Args:
             rows: indices of the rows wanted, all by default.

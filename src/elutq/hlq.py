@@ -197,7 +197,7 @@ def dequantize(matrix: HlqMatrix) -> NDArray[np.float32]:
     """The matrix w = zeros + sum_p scales[p] * bit_p, times the row's scale if there is one.
 
     Returns:
-        float32 (out_features, in_features), by rules F28 and F33 of the format.
+        float32 (out_features, in_features), by rules F28 and F34 of the format.
     """
     columns = np.arange(matrix.in_features)
     group = columns // (matrix.in_features if matrix.group_size == -1 else matrix.group_size)

@@ -484,7 +484,7 @@ def test_f28_sums_are_rounded_to_float32_in_plane_order(folder: Folder) -> None:
 
 
 @pytest.mark.parametrize("value", [4, 0, -8, 8.0, "8", True, None, [8]])
-def test_f30_param_bits_are_16_or_8(folder_v2: Folder, value: Any) -> None:
+def test_f31_param_bits_are_16_or_8(folder_v2: Folder, value: Any) -> None:
     folder_v2.edit_scheme(lambda scheme: scheme.update(param_bits=value))
     folder_v2.rejects(errors.ConfigError, "param_bits")
     folder_v2.edit_scheme(lambda scheme: scheme.update(param_bits=8))
@@ -492,7 +492,7 @@ def test_f30_param_bits_are_16_or_8(folder_v2: Folder, value: Any) -> None:
     folder_v2.rejects(errors.ConfigError, "param_bits")
 
 
-def test_f30_param_bits_that_are_not_stated_are_16(folder_v2: Folder) -> None:
+def test_f31_param_bits_that_are_not_stated_are_16(folder_v2: Folder) -> None:
     """In a module's own entry, too, whatever the other modules have."""
     folder_v2.edit_scheme(lambda scheme: scheme["modules"][UP].update(param_bits=16))
     with Checkpoint.open(folder_v2.path) as checkpoint:
@@ -503,14 +503,14 @@ def test_f30_param_bits_that_are_not_stated_are_16(folder_v2: Folder) -> None:
     folder_v2.rejects(errors.UnexpectedTensorError, f"{Q}.row_scales")
 
 
-def test_f30_version_1_has_no_8_bit_parameters(folder_v2: Folder) -> None:
+def test_f31_version_1_has_no_8_bit_parameters(folder_v2: Folder) -> None:
     folder_v2.edit_scheme(lambda scheme: scheme.update(version=1))
     folder_v2.rejects(errors.ConfigError, "version must be 2")
     folder_v2.edit_scheme(lambda scheme: scheme.pop("param_bits"))  # only a module's own is left
     folder_v2.rejects(errors.ConfigError, "version must be 2")
 
 
-def test_f30_either_version_may_have_16_bit_parameters(folder: Folder) -> None:
+def test_f31_either_version_may_have_16_bit_parameters(folder: Folder) -> None:
     before = folder.read_all()
     folder.edit_scheme(lambda scheme: scheme.update(param_bits=16))
     folder.read_all()
@@ -521,12 +521,12 @@ def test_f30_either_version_may_have_16_bit_parameters(folder: Folder) -> None:
 @pytest.mark.parametrize(
     ("part", "dtype"), [("scales", "I8"), ("zeros", "U8"), ("row_scales", "BF16"), ("row_scales", "I16")]
 )
-def test_f31_dtypes_are_exact(folder_v2: Folder, part: str, dtype: str) -> None:
+def test_f32_dtypes_are_exact(folder_v2: Folder, part: str, dtype: str) -> None:
     folder_v2.edit_header(lambda header: header[f"{Q}.{part}"].update(dtype=dtype))
     folder_v2.rejects(errors.TensorDtypeError, f"{Q}.{part}")
 
 
-def test_f31_fp16_and_bytes_are_not_confused(folder_v2: Folder) -> None:
+def test_f32_fp16_and_bytes_are_not_confused(folder_v2: Folder) -> None:
     """The parameters of a module that the config gives the other width."""
     folder_v2.edit_scheme(lambda scheme: scheme["modules"][UP].update(param_bits=8))
     folder_v2.rejects(errors.MissingTensorError, f"{UP}.row_scales")
@@ -536,7 +536,7 @@ def test_f31_fp16_and_bytes_are_not_confused(folder_v2: Folder) -> None:
 
 
 @pytest.mark.parametrize("part", ["scales", "zeros", "row_scales"])
-def test_f31_shapes_are_exact(folder_v2: Folder, part: str) -> None:
+def test_f32_shapes_are_exact(folder_v2: Folder, part: str) -> None:
     def reshape(tensors: dict[str, Any]) -> None:
         dtype, shape, data = tensors[f"{DOWN}.{part}"]
         tensors[f"{DOWN}.{part}"] = (dtype, [*shape, 1], data)
@@ -546,25 +546,25 @@ def test_f31_shapes_are_exact(folder_v2: Folder, part: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["scales", "zeros", "row_scales"])
-def test_f31_every_tensor_is_required(folder_v2: Folder, part: str) -> None:
+def test_f32_every_tensor_is_required(folder_v2: Folder, part: str) -> None:
     folder_v2.edit_tensors(lambda tensors: tensors.pop(f"{DOWN}.{part}"))
     folder_v2.rejects(errors.MissingTensorError, f"{DOWN}.{part}")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_f32_row_scales_are_finite(folder_v2: Folder, value: float) -> None:
+def test_f33_row_scales_are_finite(folder_v2: Folder, value: float) -> None:
     folder_v2.edit_values(f"{Q}.row_scales", -1, value)
     folder_v2.rejects(errors.TensorValueError, f"{Q}.row_scales")
 
 
 @pytest.mark.parametrize("value", [-1.0, -(2.0**-24), -0.0])
-def test_f32_row_scales_have_no_sign(folder_v2: Folder, value: float) -> None:
+def test_f33_row_scales_have_no_sign(folder_v2: Folder, value: float) -> None:
     folder_v2.edit_values(f"{Q}.row_scales", 10, value)
     folder_v2.rejects(errors.TensorValueError, f"{Q}.row_scales")
 
 
 @pytest.mark.parametrize("part", ["scales", "zeros"])
-def test_f32_a_row_scale_of_0_is_for_rows_of_zeros(folder_v2: Folder, part: str) -> None:
+def test_f33_a_row_scale_of_0_is_for_rows_of_zeros(folder_v2: Folder, part: str) -> None:
     """Row 10 of the golden folder is one; a row of zeros with another factor is one, too."""
     folder_v2.edit_values(f"{Q}.row_scales", 10, 1.0)
     assert not folder_v2.read_all()[Q][10].any()
@@ -573,7 +573,7 @@ def test_f32_a_row_scale_of_0_is_for_rows_of_zeros(folder_v2: Folder, part: str)
     folder_v2.rejects(errors.TensorValueError, f"{Q}.row_scales")
 
 
-def test_f33_golden_values(folder_v2: Folder) -> None:
+def test_f34_golden_values(folder_v2: Folder) -> None:
     values = folder_v2.read_all()
     for module, (name, rows, columns, _, _) in enumerate(folder_v2.golden.QUANTIZED):
         expected = [
@@ -582,7 +582,7 @@ def test_f33_golden_values(folder_v2: Folder) -> None:
         np.testing.assert_array_equal(values[name], np.array(expected, np.float32))
 
 
-def test_f33_the_extremes_are_exact(folder_v2: Folder) -> None:
+def test_f34_the_extremes_are_exact(folder_v2: Folder) -> None:
     """Largest and smallest sums of the most bits, times factors of all their 11 bits."""
     folder_v2.edit_values("lm_head.scales", slice(None), 255)
     for row, zero, factor in ((0, 127, 65504.0), (1, -128, 65504.0), (2, 127, 2047 * 2.0**-24)):
