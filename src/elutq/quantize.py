@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ from elutq.model_card import CARD_FILE, model_card
 from elutq.report import ModelSummary, SquaredError, summarize
 from elutq.rotation import RotatedCheckpoint
 from elutq.runtime import load
-from elutq.scheme import FORMAT_VERSION, MAX_BITS, OUTER_SCHEME, ModelScheme, QuantScheme
+from elutq.scheme import MAX_BITS, OUTER_SCHEME, ModelScheme, QuantScheme
 from elutq.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def quantize(
     *,
     bits: int,
     group_size: int = 128,
+    param_bits: int = 16,
     method: str = "hlq",
     lm_head_bits: int | None = None,
     embedding_bits: int | None = None,
@@ -129,6 +130,9 @@ def quantize(
         out: the folder to make.
         bits: of the linear modules inside the decoder blocks, 1 to 4.
         group_size: of the same; 32, 64, 128, 256, or -1 for a whole row.
+        param_bits: of a scale or zero, in all matrices that are quantized: 16, or 8 under one fp16 factor per
+            row. With 8, `hlq.to_8bit` follows a method without calibration, and a uniform grid does not stay
+            quite uniform; one with calibration rounds as it goes.
         method: one of `METHODS`.
         lm_head_bits: 1 to 4 (in groups of 128), or 16 to leave the head as it is. By default 4 if it has at
             least 2^24 weights, else 16. A tied head is the embedding.
@@ -173,7 +177,8 @@ def quantize(
         if original.scheme is not None:
             raise InvalidArgumentError(f"{source} is quantized already; give the original model")
         checkpoint = RotatedCheckpoint(original) if rotate else original
-        scheme = plan(checkpoint.engine, QuantScheme(bits, group_size), lm_head_bits, embedding_bits)
+        blocks_scheme = QuantScheme(bits, group_size, param_bits)
+        scheme = plan(checkpoint.engine, blocks_scheme, lm_head_bits, embedding_bits)
         parts = model_parts(checkpoint.engine, scheme)
         found = {name: checkpoint.info(name) for name in checkpoint.names()}
         data = None
@@ -221,7 +226,7 @@ def quantize(
                 },
                 versions={
                     "elutq": __version__,
-                    "format": FORMAT_VERSION,
+                    "format": scheme.version,
                     "python": platform.python_version(),
                     "numpy": np.__version__,
                 },
@@ -340,7 +345,7 @@ def plan(
     for name, bits in chosen.items():
         bits = default if bits is None else bits
         if bits != KEEP_BITS:
-            overrides[name] = QuantScheme(bits, OUTER_SCHEME.group_size)
+            overrides[name] = replace(OUTER_SCHEME, bits=bits, param_bits=blocks.param_bits)
     return ModelScheme(blocks, overrides)
 
 

@@ -63,13 +63,18 @@ def test_quantize_prints_a_table(tmp_path: Path) -> None:
 
 
 def test_quantize_json_and_every_option(tmp_path: Path) -> None:
-    options = "--bits 3 --group-size 64 --method uniform --embedding-bits 4 --lm-head-bits 4 --threads 2"
+    widths = "--bits 3 --group-size 64 --param-bits 8 --embedding-bits 4 --lm-head-bits 4"
+    options = f"{widths} --method uniform --threads 2"
     command = ("quantize", MODEL, "-o", tmp_path / "out", *options.split(), "--overwrite", "--json")
     report = last_json(run(*command))
     assert report["settings"]["bits"] == 3
     assert report["settings"]["group_size"] == 64
     assert report["settings"]["method"] == "uniform"
-    assert report["settings"]["modules"]["model.embed_tokens"] == {"bits": 4, "group_size": 128}
+    assert report["settings"]["modules"]["model.embed_tokens"] == {
+        "bits": 4,
+        "group_size": 128,
+        "param_bits": 8,
+    }
     assert report == json.loads((tmp_path / "out" / "quantization_report.json").read_text())
 
 
@@ -93,6 +98,7 @@ def test_inspect(quantized: Path) -> None:
         (("quantize", "/no/such/folder", "-o", "{tmp}/out"), "there is no folder /no/such/folder"),
         (("quantize", MODEL, "-o", "{tmp}/out", "--bits", 5), "bits must be 1 to 4, not 5"),
         (("quantize", MODEL, "-o", "{tmp}/out", "--group-size", 7), "group_size must be one of"),
+        (("quantize", MODEL, "-o", "{tmp}/out", "--param-bits", 4), "param_bits must be 16 or 8, not 4"),
         (("quantize", MODEL, "-o", "{tmp}/out", "--method", "best"), "method must be one of hlq"),
         (("quantize", MODEL, "-o", "{tmp}/out", "--embedding-bits", 9), "embedding_bits"),
         (("quantize", MODEL, "-o", "{tmp}"), "{tmp}"),
@@ -241,6 +247,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("bench", "{quantized}", "--shape", "llama-2-7b"), "give either a model folder or --shape"),
         (("bench", "--shape", "gpt-5"), "gpt-5"),
         (("bench", "--shape", "qwen3-0.6b", "--bits", 7), "bits must be 1 to 4, not 7"),
+        (("bench", "--shape", "qwen3-0.6b", "--param-bits", 7), "param_bits must be 16 or 8, not 7"),
         (("bench", "{quantized}", "--prompt", 500, "--gen", 100), "the model's limit is 512"),
     ],
 )

@@ -1,6 +1,6 @@
 """Model folders on disk: Hugging Face folders as they come, and HLQ folders (`docs/format.md`)."""
 
-from elutq.checkpoint.contents import Part, model_parts
+from elutq.checkpoint.contents import Part, hlq_tensors, model_parts
 from elutq.checkpoint.folder import HUB_ID, read_generation_config, side_files
 from elutq.checkpoint.reader import Checkpoint
 from elutq.checkpoint.safetensors import TensorInfo, TensorSpec
@@ -14,6 +14,7 @@ __all__ = [
     "Part",
     "TensorInfo",
     "TensorSpec",
+    "hlq_tensors",
     "model_parts",
     "read_generation_config",
     "side_files",

@@ -19,6 +19,9 @@ def quantize(
     group_size: Annotated[
         int, typer.Option(help="Weights that share scales: 32, 64, 128, 256, or -1 for a whole row.")
     ] = 128,
+    param_bits: Annotated[
+        int, typer.Option(help="Bits of a scale or zero: 16, or 8 under one factor per row.")
+    ] = 16,
     method: Annotated[
         str,
         typer.Option(
@@ -97,6 +100,7 @@ def quantize(
             out,
             bits=bits,
             group_size=group_size,
+            param_bits=param_bits,
             method=method,
             importance=importance,
             lm_head_bits=lm_head_bits,
