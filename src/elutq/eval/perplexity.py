@@ -8,6 +8,7 @@ from those before it. A shorter rest at the end is left out, unless it is all th
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +34,7 @@ class Evaluation:
         perplexity: exp(nll).
         tokens: tokens predicted.
         context: tokens in a window.
+        nll_increase: nll less the reference's, or None without a reference.
         kl: mean KL(reference || model), or None without a reference.
         top1_agreement: share of positions where both models rank the same token first, or None.
     """
@@ -41,6 +43,7 @@ class Evaluation:
     perplexity: float
     tokens: int
     context: int
+    nll_increase: float | None = None
     kl: float | None = None
     top1_agreement: float | None = None
 
@@ -83,7 +86,11 @@ def evaluate_all(
     max_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Evaluation]:
-    """`evaluate` for several models with one tokenizer; the reference runs only once."""
+    """`evaluate` for several models with one tokenizer; the reference runs only once.
+
+    All models are in memory together and step side by side: a text's logits of one model alone would be too
+    many to keep for the next (8192 tokens and a vocabulary of 128k make 4 GB).
+    """
     everyone = [*models, *([reference] if reference is not None else [])]
     _check(everyone, context)
     windows = split_windows(token_ids, context, max_tokens)
@@ -111,6 +118,27 @@ def evaluate_all(
         if progress is not None:
             progress((first + len(group)) * length, len(windows) * length)
     return [tally.evaluation(context) for tally in tallies]
+
+
+def mean_evaluation(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """The mean over texts of equal weight, however long they are.
+
+    Args:
+        evaluations: of one model, with one context and one reference or none; at least one.
+
+    Returns:
+        Means of every figure; perplexity is that of the mean nll, and tokens are added up.
+    """
+    nll = fmean(found.nll for found in evaluations)
+    return Evaluation(
+        nll=nll,
+        perplexity=_perplexity(nll),
+        tokens=sum(found.tokens for found in evaluations),
+        context=evaluations[0].context,
+        nll_increase=_mean([found.nll_increase for found in evaluations]),
+        kl=_mean([found.kl for found in evaluations]),
+        top1_agreement=_mean([found.top1_agreement for found in evaluations]),
+    )
 
 
 def split_windows(token_ids: Sequence[int], context: int, max_tokens: int | None = None) -> NDArray[np.int64]:
@@ -146,6 +174,7 @@ class _Tally:
     def __init__(self) -> None:
         self.tokens = 0
         self.nll = 0.0
+        self.reference_nll = 0.0
         self.kl = 0.0
         self.agreed = 0
         self.compared = False
@@ -158,10 +187,10 @@ class _Tally:
         for i in range(0, len(targets), block):
             rows = slice(i, i + block)
             log_p = _log_softmax(logits[rows])
-            picked = np.take_along_axis(log_p, targets[rows, None], axis=1)
-            self.nll -= float(picked.sum(dtype=np.float64))
+            self.nll += _nll(log_p, targets[rows])
             if reference is not None:
                 log_q = _log_softmax(reference[rows])
+                self.reference_nll += _nll(log_q, targets[rows])
                 self.agreed += int((log_p.argmax(axis=1) == log_q.argmax(axis=1)).sum())
                 np.subtract(log_q, log_p, out=log_p)
                 np.exp(log_q, out=log_q)
@@ -177,12 +206,28 @@ class _Tally:
             )
         return Evaluation(
             nll=nll,
-            perplexity=math.exp(min(nll, 700.0)),  # beyond, a float overflows
+            perplexity=_perplexity(nll),
             tokens=self.tokens,
             context=context,
+            nll_increase=nll - self.reference_nll / self.tokens if self.compared else None,
             kl=self.kl / self.tokens if self.compared else None,
             top1_agreement=self.agreed / self.tokens if self.compared else None,
         )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where there was no reference."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _perplexity(nll: float) -> float:
+    return math.exp(min(nll, 700.0))  # beyond, a float overflows
+
+
+def _nll(log_p: NDArray[np.float32], targets: NDArray[np.int64]) -> float:
+    """Sum over n positions: log_p [n, vocab], targets [n]."""
+    return -float(np.take_along_axis(log_p, targets[:, None], axis=1).sum(dtype=np.float64))
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
