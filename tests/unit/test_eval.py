@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from elutq.errors import InvalidArgumentError, MissingDependencyError, TensorValueError
-from elutq.eval import Evaluation, evaluate, evaluate_all, mean_evaluation
+from elutq.eval import Evaluation, evaluate, evaluate_all, mean_evaluation, score_all
 from elutq.eval import perplexity as module
 from elutq.models import bundled_model
 from elutq.runtime import load
@@ -99,6 +99,21 @@ def test_several_models_at_once_are_each_as_alone(ids: list[int]) -> None:
     models = [FakeModel(1), FakeModel(2), FakeModel(3)]
     together = evaluate_all(models, ids, 16, reference=FakeModel(4))
     assert together == [evaluate(m, ids, 16, reference=FakeModel(4)) for m in models]
+
+
+def test_scores_are_per_token_and_the_mean_may_start_later(ids: list[int]) -> None:
+    (scores,) = score_all([FakeModel(1)], ids, 16, reference=FakeModel(2))
+    assert scores.nll.shape == scores.kl.shape == (len(ids) // 16, 15)
+    assert scores.evaluation() == evaluate(FakeModel(1), ids, 16, reference=FakeModel(2))
+    later = scores.evaluation(first=9)
+    assert later.tokens == len(ids) // 16 * 7
+    assert later.kl == pytest.approx(scores.kl[:, 8:].mean())
+    assert later.nll_increase == pytest.approx((scores.nll - scores.reference_nll)[:, 8:].mean())
+    model = FakeModel(1)
+    sequence = model.new_sequence()
+    for token in ids[16:25]:
+        logits = np.float64(model.advance(sequence, token))
+    assert scores.nll[1, 8] == pytest.approx(np.log(np.exp(logits).sum()) - logits[ids[25]], rel=1e-5)
 
 
 def test_the_mean_gives_texts_equal_weight() -> None:
