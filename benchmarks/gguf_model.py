@@ -60,6 +60,17 @@ def read_gguf(path: Path, source: Path, out: Path) -> None:
     save_file(weights, out / "model.safetensors")
 
 
+def gguf_text(folder: Path, text: str) -> str:
+    """A text as that model's GGUF reads it, with the names that it has for added tokens."""
+    for token in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]:
+        text = text.replace(token["content"], _added_name(token["id"]))
+    return text
+
+
+def _added_name(token_id: int) -> str:
+    return f"<added token {token_id}>"
+
+
 def _tensors(config: EngineConfig) -> Iterator[tuple[str, str, int]]:
     """Hugging Face's name, GGUF's, and where GGUF pairs rotary dimensions otherwise, the number of heads."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -107,7 +118,11 @@ def _add_config(writer: GGUFWriter, config: EngineConfig) -> None:
 
 
 def _add_tokenizer(writer: GGUFWriter, vocab_size: int, tokenizer: Mapping[str, Any]) -> None:
-    """Special tokens are user-defined ones, which llama.cpp finds in any text, as Hugging Face does."""
+    """Added tokens become user-defined ones, which llama.cpp finds in any text, as Hugging Face does.
+
+    It takes those whose names it knows, such as <|endoftext|>, for control tokens all the same and then not
+    out of a text, so they have names that it does not know (`gguf_text`).
+    """
     pattern = json.dumps(tokenizer["pre_tokenizer"])
     known = [name for part, name in _SPLITTERS.items() if json.dumps(part)[1:-1] in pattern]
     if tokenizer["model"]["type"] != "BPE" or not known:
@@ -115,7 +130,7 @@ def _add_tokenizer(writer: GGUFWriter, vocab_size: int, tokenizer: Mapping[str, 
             "only byte-level BPE tokenizers that split text as Llama 3 or Qwen 2 do can be written"
         )
     tokens = {id_: token for token, id_ in tokenizer["model"]["vocab"].items()}
-    added = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+    added = {token["id"]: _added_name(token["id"]) for token in tokenizer["added_tokens"]}
     tokens |= added
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(known[0])

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class LlamaCpp:
@@ -51,16 +53,23 @@ class LlamaCpp:
         """Write a quantized model in float32."""
         self._run("llama-quantize", "--allow-requantize", model, out, "F32", self.threads)
 
-    def save_logits(self, model: Path, text: Path, context: int, max_tokens: int, out: Path) -> float:
-        """Write what `kl` compares with, of the second half of each window; returns the perplexity there."""
+    def save_logits(self, model: Path, text: Path, context: int, max_tokens: int, out: Path) -> list[int]:
+        """Write what `kl` compares with, of the second half of each window; returns the windows' tokens."""
         options = ["-f", text, "--chunks", max_tokens // context, *self._windows(context)]
-        output = self._run("llama-perplexity", "-m", model, "--kl-divergence-base", out, *options)
-        return _figure(r"Final estimate: PPL[^=]*= *(\S+)", output)
+        self._run("llama-perplexity", "-m", model, "--kl-divergence-base", out, *options)
+        with out.open("rb") as file:
+            file.seek(len("_logits_"))
+            context, _, windows = np.fromfile(file, np.int32, 3)
+            return np.fromfile(file, np.int32, context * windows).tolist()
 
     def kl(self, model: Path, logits: Path, context: int) -> float:
         """Mean KL divergence from saved logits, in nats per token of the second half of each window."""
         options = ["--kl-divergence", "--kl-divergence-base", logits, *self._windows(context)]
-        return _figure(r"Mean +KLD: *(\S+)", self._run("llama-perplexity", "-m", model, *options))
+        output = self._run("llama-perplexity", "-m", model, *options)
+        found = re.search(r"Mean +KLD: *(\S+)", output)
+        if found is None:
+            raise SystemExit(f"{self.name}: llama-perplexity printed no mean KLD:\n{output[-2000:]}")
+        return float(found[1])
 
     def _windows(self, context: int) -> Sequence[object]:
         return "-c", context, "-b", context, "-t", self.threads
@@ -81,10 +90,3 @@ class LlamaCpp:
         if done.returncode:
             raise SystemExit(f"{self.name}: {' '.join(map(str, done.args))} failed:\n{done.stdout[-2000:]}")
         return done.stdout
-
-
-def _figure(pattern: str, output: str) -> float:
-    found = re.search(pattern, output)
-    if found is None:
-        raise SystemExit(f"llama-perplexity printed nothing like {pattern!r}:\n{output[-2000:]}")
-    return float(found[1])
