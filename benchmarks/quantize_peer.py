@@ -89,6 +89,7 @@ def auto_round(
         nsamples=len(windows),
         seqlen=len(windows[0]),
         device_map="cpu",
+        enable_torch_compile=False,  # takes longer than it saves on a small model
     )
     model, _ = rounder.quantize()
     return model, bits + (16 + bits) / group_size
