@@ -10,6 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+#: Times to run a program that may exit before its logging thread has written the last lines.
+_TRIES = 3
+
 
 @dataclass(frozen=True)
 class LlamaCpp:
@@ -65,11 +68,12 @@ class LlamaCpp:
     def kl(self, model: Path, logits: Path, context: int) -> float:
         """Mean KL divergence from saved logits, in nats per token of the second half of each window."""
         options = ["--kl-divergence", "--kl-divergence-base", logits, *self._windows(context)]
-        output = self._run("llama-perplexity", "-m", model, *options)
-        found = re.search(r"Mean +KLD: *(\S+)", output)
-        if found is None:
-            raise SystemExit(f"{self.name}: llama-perplexity printed no mean KLD:\n{output[-2000:]}")
-        return float(found[1])
+        for _ in range(_TRIES):
+            output = self._run("llama-perplexity", "-m", model, *options)
+            found = re.search(r"Mean +KLD: *(\S+)", output)
+            if found is not None:
+                return float(found[1])
+        raise SystemExit(f"{self.name}: llama-perplexity printed no mean KLD:\n{output[-2000:]}")
 
     def _windows(self, context: int) -> Sequence[object]:
         return "-c", context, "-b", context, "-t", self.threads
