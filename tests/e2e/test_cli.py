@@ -50,8 +50,9 @@ def test_evaluate_against_the_original(quantized: Path, tmp_path: Path) -> None:
         f"{PROMPT} there was a little dog. The dog liked to run in the park with his friend. " * 20
     )
     result = run("eval", quantized, "--text", text, "--ctx", 64, "--reference", MODEL, "--json")
-    found = json.loads(result.stdout.splitlines()[-1])
-    assert found["bits_per_weight"] == pytest.approx(2.375)
+    (model,) = json.loads(result.stdout.splitlines()[-1])["models"]
+    (found,) = model["texts"]
+    assert model["bits_per_weight"] == pytest.approx(2.375)
     assert 0 < found["kl"] < 1
     assert 0.3 < found["top1_agreement"] < 1
     assert found["tokens"] % 63 == 0

@@ -154,15 +154,19 @@ def without_tokenizer(quantized: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+EVAL_SIZES = ("--ctx", 64, "--max-tokens", 256, "--threads", 1)
+
+
 def test_eval(quantized: Path, text: Path) -> None:
-    command = ("eval", quantized, "--text", text, "--ctx", 64, "--max-tokens", 256, "--threads", 1)
-    found = last_json(run(*command, "--reference", MODEL, "--json"))
+    command = ("eval", quantized, "--text", text, *EVAL_SIZES)
+    (model,) = last_json(run(*command, "--reference", MODEL, "--json"))["models"]
+    (found,) = model["texts"]
+    assert model["bits_per_weight"] == pytest.approx(2.375)
     assert found["tokens"] == 4 * 63
     assert found["perplexity"] == pytest.approx(math.exp(found["nll"]))
-    assert found["bits_per_weight"] == pytest.approx(2.375)
     assert found["kl"] > 0
     assert 0 < found["top1_agreement"] < 1
-    exact = last_json(run(*command, "--exact", "--json"))
+    exact = last_json(run(*command, "--exact", "--json"))["models"][0]["mean"]
     assert exact["nll"] == pytest.approx(found["nll"], rel=0.02)
     assert exact["nll"] != found["nll"]
     assert exact["kl"] is None
@@ -171,8 +175,50 @@ def test_eval(quantized: Path, text: Path) -> None:
     assert f"KL          {found['kl']:.5f}" in sentence
 
 
+def test_eval_compares_models_on_several_texts(quantized: Path, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("The bear said that winter was near, and that the fox should find a den.\n" * 40)
+    command = ("eval", quantized, MODEL, "--text", text, "--text", other, *EVAL_SIZES, "--reference", MODEL)
+    ours, original = last_json(run(*command, "--json"))["models"]
+    assert [found["text"] for found in ours["texts"]] == [str(text), str(other)]
+    for file, found in zip((text, other), ours["texts"], strict=True):
+        alone = last_json(
+            run("eval", quantized, "--text", file, *EVAL_SIZES, "--reference", MODEL, "--json")
+        )["models"][0]
+        assert alone["texts"] == [found]
+    assert ours["mean"]["kl"] == pytest.approx(sum(found["kl"] for found in ours["texts"]) / 2)
+    assert ours["mean"]["nll_increase"] == pytest.approx(ours["mean"]["nll"] - original["mean"]["nll"])
+    assert original["mean"]["kl"] == 0
+    assert original["nbytes"] > ours["nbytes"]
+
+    lines = run(*command).stdout.splitlines()
+    rows = [line.split() for line in lines if line.lstrip().startswith(str(quantized))]
+    expected = [*ours["texts"], ours["mean"]]
+    assert [row[-2] for row in rows] == [f"{found['kl']:.4f}" for found in expected]
+    assert [row[-3] for row in rows] == [f"{found['nll_increase']:+.4f}" for found in expected]
+    assert [line.strip() for line in lines if line.strip() in (text.name, other.name, "mean")] == [
+        text.name,
+        other.name,
+        "mean",
+    ]
+    without = run("eval", quantized, MODEL, "--text", text, *EVAL_SIZES).stdout
+    assert "KL" not in without
+    assert "mean" not in without
+
+
 def test_eval_takes_the_models_limit_where_it_is_short(text: Path) -> None:
-    assert last_json(run("eval", MODEL, "--text", text, "--json"))["context"] == 512
+    found = last_json(run("eval", MODEL, "--text", text, "--json"))
+    assert found["models"][0]["mean"]["context"] == 512
+
+
+@pytest.fixture(scope="module")
+def other_tokens(quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "other-tokens"
+    shutil.copytree(quantized, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    del tokenizer["model"]["merges"][-2000:]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
 
 
 def test_generate(quantized: Path) -> None:
@@ -231,6 +277,10 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "there is no folder /no/model",
         ),
         (("eval", "{without_tokenizer}", "--text", "{text}"), "has no tokenizer.json"),
+        (
+            ("eval", "{quantized}", "{other_tokens}", "--text", "{text}"),
+            "the models cut the text into different tokens",
+        ),
         (("generate", "{without_tokenizer}", "-p", "hi"), "has no tokenizer.json"),
         (("generate", "/no/such/folder", "-p", "hi"), "there is no folder /no/such/folder"),
         (("chat", "{quantized}"), "has no chat template, so it is not a chat model"),
@@ -256,6 +306,7 @@ def test_errors_of_commands_that_run_models(
     message: str,
     quantized: Path,
     without_tokenizer: Path,
+    other_tokens: Path,
     text: Path,
     tmp_path: Path,
 ) -> None:
@@ -264,6 +315,7 @@ def test_errors_of_commands_that_run_models(
     places = {
         "quantized": quantized,
         "without_tokenizer": without_tokenizer,
+        "other_tokens": other_tokens,
         "text": text,
         "latin": tmp_path / "latin.txt",
         "empty": tmp_path / "empty.txt",
