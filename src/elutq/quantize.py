@@ -27,6 +27,7 @@ from elutq.checkpoint import (
     Part,
     model_parts,
     side_files,
+    write_atomically,
 )
 from elutq.data_free import DataFreeJob, Progress
 from elutq.errors import InvalidArgumentError, MissingDependencyError, TokenizerError
@@ -35,6 +36,7 @@ from elutq.report import ModelSummary, SquaredError, summarize
 from elutq.rotation import RotatedCheckpoint
 from elutq.runtime import load
 from elutq.scheme import MAX_BITS, OUTER_SCHEME, ModelScheme, QuantScheme
+from elutq.smoke import check_generation
 from elutq.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -46,6 +48,11 @@ CALIBRATED_METHODS = ("hlq-gptq", "gptq", "ao-gptq")
 METHODS = (*hlq.METHODS, *CALIBRATED_METHODS)
 
 REPORT_FILE = "quantization_report.json"
+PAGE_FILE = "quantization_report.html"
+FIGURE_FILE = "quantization_report.png"
+
+# Of the smoke test.
+_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 16, 96
 
 #: `embedding_bits` and `lm_head_bits` that leave the matrix as it is.
 KEEP_BITS = 16
@@ -73,6 +80,7 @@ class QuantizationReport:
         outputs: module -> how its calibration went (`layerwise.Outcome`).
         blocks: error of the residual stream after each block (`layerwise.BlockOutcome`).
         nll: both models on windows held out of the calibration (`layerwise.HeldOut`), None without.
+        generation: whether it still writes text (`smoke.GenerationCheck`), None without calibration.
         warnings: what is to be known of the result.
     """
 
@@ -89,6 +97,7 @@ class QuantizationReport:
     outputs: dict[str, dict[str, Any]]
     blocks: list[dict[str, Any]]
     nll: dict[str, Any] | None
+    generation: dict[str, Any] | None
     warnings: list[str]
 
     def to_json(self) -> str:
@@ -238,6 +247,7 @@ def quantize(
                 outputs={} if blocks is None else {k: asdict(v) for k, v in blocks.outcomes().items()},
                 blocks=[] if blocks is None else [asdict(block) for block in blocks.blocks],
                 nll=None if nll is None else asdict(nll),
+                generation=None,
                 warnings=[] if data is None or blocks is None else [*data.warnings, *blocks.warnings()],
             )
             card = model_card(
@@ -249,11 +259,41 @@ def quantize(
             )
             texts = {REPORT_FILE: report.to_json(), CARD_FILE: card}
             writer.finish(config, side_files(checkpoint.path), texts)
+        if data is not None:
+            report = _try_out(report, checkpoint, writer.out, data)
+    return report
+
+
+def _try_out(
+    report: QuantizationReport, source: Checkpoint | RotatedCheckpoint, out: Path, data: Calibration
+) -> QuantizationReport:
+    """Let the new model write, and draw the report, beside the weights that are in place already."""
+    from elutq.report_page import level_histograms, report_figure, report_page
+
+    windows = data.held_out if len(data.held_out) else data.token_ids
+    prompts = [window[: min(_PROMPT_TOKENS, len(window) // 2)].tolist() for window in windows[:_PROMPTS]]
+    with load(out) as model:
+        longest = model.config.max_position_embeddings - max(map(len, prompts))
+        check = check_generation(model, prompts, max_new_tokens=max(1, min(_NEW_TOKENS, longest)))
+    warnings = list(report.warnings)
+    if check.collapsed:
+        warnings.append(f"generated text has collapsed: {check.reason}")
+    report = replace(report, generation=asdict(check), warnings=warnings)
+    with Checkpoint.open(out) as quantized:
+        histograms = level_histograms(source, quantized)
+    drawn = asdict(report)
+    for name, content in (
+        (REPORT_FILE, report.to_json().encode()),
+        (PAGE_FILE, report_page(drawn, histograms).encode()),
+        (FIGURE_FILE, report_figure(drawn, histograms)),
+    ):
+        write_atomically(out / name, content)
     return report
 
 
 def _require_torch(method: str) -> None:
     try:
+        import matplotlib  # noqa: F401
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:

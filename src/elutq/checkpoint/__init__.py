@@ -4,7 +4,7 @@ from elutq.checkpoint.contents import Part, hlq_tensors, model_parts
 from elutq.checkpoint.folder import HUB_ID, read_generation_config, side_files
 from elutq.checkpoint.reader import Checkpoint
 from elutq.checkpoint.safetensors import TensorInfo, TensorSpec
-from elutq.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
+from elutq.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, write_atomically
 
 __all__ = [
     "DEFAULT_SHARD_BYTES",
@@ -18,4 +18,5 @@ __all__ = [
     "model_parts",
     "read_generation_config",
     "side_files",
+    "write_atomically",
 ]
