@@ -73,7 +73,7 @@ class SolverOptions:
     descents: int = 2
     sweeps: int = 1
     sweep_rounds: int = 2
-    damp: float = 0.01
+    damp: float = 0.03
     target_share: float = 1.0
 
 

@@ -155,12 +155,11 @@ class GroupProblem:
 
     def _nearest(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Value and code of the level nearest to each number; [rows] or [columns, rows] -> the same shape."""
-        rank = torch.zeros(wanted.shape, dtype=torch.int64, device=wanted.device)
-        for border in self._borders:
-            rank += wanted > border
-        index = rank.reshape(-1, wanted.shape[-1])
-        value, code = self._ascending.gather(0, index), self._order.gather(0, index)
-        return value.reshape(wanted.shape), code.reshape(wanted.shape)
+        if wanted.ndim == 2:
+            rank = (wanted > self._borders[:, None]).sum(0)
+            return self._ascending.gather(0, rank), self._order.gather(0, rank)
+        rank = (wanted > self._borders).sum(0)[None]
+        return self._ascending.gather(0, rank)[0], self._order.gather(0, rank)[0]
 
     def _values(self) -> Tensor:
         return self._levels.gather(0, self.codes.long())

@@ -41,6 +41,7 @@ from elutq.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from elutq.calibrated import CalibratedJob
+    from elutq.gptq import SolverOptions
 
 #: Methods that need calibration data: HLQ, and for comparison plain GPTQ on the best-clipped uniform grid,
 #: and HLQ-GPTQ as published (`elutq.gptq`).
@@ -121,6 +122,7 @@ def quantize(
     calibration_length: int | None = None,
     calibration_seed: int = 0,
     rotate: bool = False,
+    solver: "SolverOptions | None" = None,
     device: str | None = None,
     offload: bool = False,
     threads: int | None = None,
@@ -153,6 +155,7 @@ def quantize(
         calibration_length: tokens in a window; by default 2048, or the model's limit.
         calibration_seed: decides which windows of the texts are taken.
         rotate: quantize the model in rotated axes (`elutq.rotation`).
+        solver: options of the calibrated solver, in place of the method's own.
         device: where torch calibrates, such as "cuda"; by default a GPU if there is one.
         offload: keep activations in a file beside `out`, not in memory.
         threads: all CPUs by default.

@@ -209,10 +209,25 @@ quantize(
 """
 
 
+@pytest.fixture(scope="module")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, two_blocks: Path, texts: tuple[Path, list[int]]
+) -> dict[str, bytes]:
+    """What QUANTIZE writes when nobody kills it."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    command = [sys.executable, "-c", QUANTIZE, str(two_blocks), str(out), str(texts[0])]
+    subprocess.run(command, check=True, capture_output=True)
+    return weights(out)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lines", [1, 9, 17])
 def test_killed_and_resumed_it_writes_the_same_bytes(
-    lines: int, tmp_path: Path, two_blocks: Path, texts: tuple[Path, list[int]]
+    lines: int,
+    tmp_path: Path,
+    two_blocks: Path,
+    texts: tuple[Path, list[int]],
+    undisturbed: dict[str, bytes],
 ) -> None:
     command = [sys.executable, "-c", QUANTIZE, str(two_blocks), str(tmp_path / "out"), str(texts[0])]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -224,9 +239,7 @@ def test_killed_and_resumed_it_writes_the_same_bytes(
     assert (tmp_path / "out.partial").is_dir()
     assert not (tmp_path / "out").exists()
     subprocess.run(command, check=True, capture_output=True)
-    undisturbed = [*command[:4], str(tmp_path / "undisturbed"), command[5]]
-    subprocess.run(undisturbed, check=True, capture_output=True)
-    assert weights(tmp_path / "out") == weights(tmp_path / "undisturbed")
+    assert weights(tmp_path / "out") == undisturbed
 
 
 def test_other_settings_are_not_resumed(

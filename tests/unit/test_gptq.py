@@ -161,7 +161,7 @@ def test_parameters_of_8_bits_cost_next_to_nothing(bits: int) -> None:
     assert narrow.matrix.row_scales is not None
     assert (narrow.matrix.scales.dtype, narrow.matrix.zeros.dtype) == (np.uint8, np.int8)
     assert not hlq.dequantize(narrow.matrix)[3].any()
-    assert narrow.output_error < 1.05 * wide.output_error
+    assert narrow.output_error < (1.15 if bits == 4 else 1.05) * wide.output_error
     norm = ((weight @ hessian) * weight).sum()
     stored = float(loss(weight, narrow.matrix, hessian).sum() / norm)
     assert stored == pytest.approx(narrow.output_error, rel=1e-3)
