@@ -151,6 +151,29 @@ def _improve(units: Sequence[Sequence[Option]], chosen: Sequence[int], room: int
     return result
 
 
+@dataclass(frozen=True)
+class Target:
+    """How large a model may be.
+
+    Args:
+        bits_per_weight: of the matrices in the blocks, as `ModelSummary.linear_bits_per_weight` counts them.
+        file_bytes: or of all weight files.
+
+    Raises:
+        InvalidArgumentError: none of the two is given, or both, or it is not a positive number.
+    """
+
+    bits_per_weight: float | None = None
+    file_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.bits_per_weight, self.file_bytes) if value is not None]
+        if len(given) != 1:
+            raise InvalidArgumentError("give either target_bpw or target_bytes")
+        if not (math.isfinite(given[0]) and given[0] > 0):
+            raise InvalidArgumentError(f"a target size must be a positive number, not {given[0]!r}")
+
+
 def parse_size(text: str) -> int:
     """Bytes meant by "2.0GB", "800 MB", "1.5GiB" or "2000000000".
 

@@ -4,7 +4,7 @@ from elutq.checkpoint.contents import Part, model_parts
 from elutq.checkpoint.folder import HUB_ID, read_generation_config, side_files
 from elutq.checkpoint.reader import Checkpoint
 from elutq.checkpoint.safetensors import TensorInfo, TensorSpec
-from elutq.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
+from elutq.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_replaceable, weight_bytes
 
 __all__ = [
     "DEFAULT_SHARD_BYTES",
@@ -14,7 +14,9 @@ __all__ = [
     "Part",
     "TensorInfo",
     "TensorSpec",
+    "check_replaceable",
     "model_parts",
     "read_generation_config",
     "side_files",
+    "weight_bytes",
 ]

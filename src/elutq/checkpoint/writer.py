@@ -346,6 +346,11 @@ class CheckpointWriter:
         self._files, self._journal = [], -1
 
 
+def weight_bytes(tensors: Sequence[TensorSpec], shard_bytes: int) -> int:
+    """Size of the weight files that a writer with these arguments makes, headers included."""
+    return sum(shard.nbytes for shard in _plan_shards(tensors, shard_bytes))
+
+
 def check_replaceable(out: Path, overwrite: bool) -> None:
     """A model may be put where there is nothing, an empty folder, or an HLQ model that is to be overwritten.
 
