@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +69,7 @@ class DataFreeJob:
     def run(self, parts: Iterable[Part]) -> None:
         """Write those of the parts that are not written yet."""
         waiting = [part for part in parts if part.name not in self._writer.done]
-        for part, following in zip(waiting, [*waiting[1:], None], strict=True):
+        for part, following in zip_longest(waiting, waiting[1:]):
             if following:
                 self._checkpoint.prefetch(following.source)
             if part.scheme:

@@ -235,9 +235,8 @@ class _Solver:
         target = self.target[group] + torch.linalg.solve_triangular(own.T, spill, upper=False)
         problem = GroupProblem(target, own @ own.T, self.bits)
         method = "uniform" if self.options.uniform else "hlq" if self.options.feedback else "ao"
-        problem.start(self._data_free(target, own.diagonal().square(), method))
-        if self.options.feedback:
-            problem.feedback(own)
+        parameters = self._data_free(target, own.diagonal().square(), method)
+        problem.start(parameters, own if self.options.feedback else None)
         problem.improve(self.options.rounds, self.options.descents)
         self._store(index, group, problem)
 

@@ -40,10 +40,18 @@ class GroupProblem:
         self._patterns = patterns.to(target)
         self.best_loss: Tensor | None = None
 
-    def start(self, parameters: Tensor) -> None:
-        """Begin with these parameters and the nearest codes."""
+    def start(self, parameters: Tensor, factor: Tensor | None) -> None:
+        """Begin with these parameters.
+
+        Args:
+            parameters: [bits + 1, rows], scales and, last, zero.
+            factor: V, upper triangular [columns, columns], M = V V^T: codes are chosen column by column, later
+                ones making up for the errors of earlier ones. None: each is the nearest to its target.
+        """
         self._set_parameters(parameters)
         self.values, self.codes = self._nearest(self.target)
+        if factor is not None:
+            self._feed_back(factor)
         self._settle()
 
     def resume(self, codes: Tensor, parameters: Tensor) -> None:
@@ -53,12 +61,7 @@ class GroupProblem:
         self.values = self._values()
         self._settle()
 
-    def feedback(self, factor: Tensor) -> None:
-        """Choose codes column by column, later ones making up for the errors of earlier ones.
-
-        Args:
-            factor: V, upper triangular [columns, columns], M = V V^T.
-        """
+    def _feed_back(self, factor: Tensor) -> None:
         spill = torch.zeros_like(self.target)  # V^T r of the columns done
         diagonal = factor.diagonal().tolist()
         for block in _blocks(len(spill)):
@@ -71,7 +74,6 @@ class GroupProblem:
                 spill[rest].addr_(factor[j, rest], errors[j - block.start])
             later = slice(block.stop, len(spill))
             spill[later].addmm_(factor[block, later].T, errors)
-        self._settle()
 
     def improve(self, rounds: int, descents: int) -> None:
         """Alternate descents on the codes with refits of the parameters."""

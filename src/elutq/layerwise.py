@@ -13,7 +13,9 @@ them, each weighed by its squared routing weight, which is what its error counts
 at a small weight, so that an expert hardly ever chosen is calibrated too.
 """
 
+import os
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from elutq import hlq
 from elutq.blocks import BlockReader, DecoderBlock
-from elutq.errors import SingularHessianError
+from elutq.errors import DiskSpaceError, SingularHessianError
 from elutq.gptq import Metric, SolverOptions, solve
 from elutq.packing import HlqMatrix
 from elutq.scheme import QuantScheme
@@ -90,37 +92,54 @@ class HeldOut:
 
 
 class Activations:
-    """A tensor per batch, in memory, or in a file of a folder.
+    """A tensor per batch, in memory, or in a file that has no name and goes with this object.
 
     Args:
         folder: where to put the file; None keeps everything in memory.
+
+    Raises:
+        DiskSpaceError: the disk is full; by `self[batch] = tensor`.
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self._file = None if folder is None else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (lives as long as this)
-        self._tensors: dict[int, Tensor] = {}
-        self._places: dict[int, tuple[int, tuple[int, ...], torch.dtype]] = {}
+        self._tensors: dict[int, Tensor] = {}  # of a batch, or without data if that is in the file
+        self._places: dict[int, tuple[int, int]] = {}  # where in the file, and how much room is there
         self._end = 0
+        self._file: int | None = None
+        if folder is not None:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                self._file = os.dup(file.fileno())
+            weakref.finalize(self, os.close, self._file)
 
     def __setitem__(self, batch: int, tensor: Tensor) -> None:
-        tensor = tensor.detach().to("cpu")
+        tensor = tensor.to("cpu")
         if self._file is None:
             self._tensors[batch] = tensor
             return
-        data = tensor.contiguous().view(torch.uint8).numpy()
-        if batch not in self._places:
-            self._places[batch] = self._end, tuple(tensor.shape), tensor.dtype
+        self._tensors[batch] = tensor.to("meta")
+        data = tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
+        if self._places.get(batch, (0, 0))[1] < data.nbytes:
+            self._places[batch] = self._end, data.nbytes
             self._end += data.nbytes
-        self._file.seek(self._places[batch][0])
-        self._file.write(data.data)
+        position = self._places[batch][0]
+        while data:
+            try:
+                count = os.pwrite(self._file, data, position)
+            except OSError as error:
+                raise DiskSpaceError(
+                    f"activations cannot be written: {error.strerror}; free some space, or calibrate on less"
+                ) from error
+            data, position = data[count:], position + count
 
     def __getitem__(self, batch: int) -> Tensor:
         if self._file is None:
             return self._tensors[batch]
-        place, shape, dtype = self._places[batch]
-        tensor = torch.empty(shape, dtype=dtype)
-        self._file.seek(place)
-        self._file.readinto(tensor.view(torch.uint8).numpy().data)
+        tensor = torch.empty_like(self._tensors[batch], device="cpu")
+        data = tensor.view(torch.uint8).numpy().data.cast("B")
+        position = self._places[batch][0]
+        while data:
+            count = os.preadv(self._file, [data], position)
+            data, position = data[count:], position + count
         return tensor
 
 

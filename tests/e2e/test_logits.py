@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from elutq import _core, hlq
 from elutq.architectures import EMBEDDING, HEAD, block_linears, engine_config, outer_linears
+from elutq.checkpoint import Checkpoint
 from elutq.packing import HlqMatrix
 from elutq.quantize import quantize
 from elutq.runtime import LanguageModel, load
@@ -216,6 +217,26 @@ def test_greedy_text_of_the_reference_model_is_that_of_transformers() -> None:
             output = reference.generate(ids, max_new_tokens=60, do_sample=False)[0, ids.shape[1] :]
             expected = tokenizer.decode(output, skip_special_tokens=True)
             assert model.generate(text, max_new_tokens=60) == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_taken_apart_compute_what_transformers_does(name: str, tmp_path: Path) -> None:
+    from elutq.blocks import BlockReader
+
+    reference = random_transformer(name)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 259, (2, 50)))
+    with Checkpoint.open(save(reference, tmp_path, torch.float32)) as source, torch.no_grad():
+        reader = BlockReader(source, torch.device("cpu"))
+        hidden = reader.embed(ids)
+        for index in range(source.engine.num_hidden_layers):
+            block = reader.block(index)
+            attended = block.attend(
+                block.attention_input(hidden), reader.positions(50), reader.mask(index, 50)
+            )
+            hidden = block.add_attention(hidden, attended)
+            hidden = hidden + block.mlp(block.mlp_input(hidden))
+        logits = reader.head_input(hidden) @ reader.head().T
+        torch.testing.assert_close(logits.reshape(2, 50, -1), reference(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 # ---- Quantized models -----------------------------------------------------------------------

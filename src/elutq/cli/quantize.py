@@ -36,9 +36,9 @@ def quantize(
     method: Annotated[
         str,
         typer.Option(
-            help="hlq: in minutes, without data. hlq-gptq: the most accurate, with calibration data. To compare "
-            "with: rtn (min-max grid), uniform (best-clipped grid), gptq (on that grid), ao and ao-gptq (HLQ as "
-            "published), adam (its gradient variant)."
+            help="hlq: in minutes, without data. hlq-gptq: the most accurate, with calibration data. "
+            "To compare with: rtn (min-max grid), uniform (best-clipped grid), gptq (on that grid), "
+            "ao and ao-gptq (HLQ as published), adam (its gradient variant)."
         ),
     ] = "hlq",
     importance: Annotated[
@@ -62,8 +62,8 @@ def quantize(
             "--calibration",
             "-c",
             metavar="TEXT",
-            help="A text, JSONL or Parquet file, a data set's name, or `self`: text that the model samples, the "
-            "default. May be given several times.",
+            help="A text, JSONL or Parquet file, a data set's name, or `self`: text that the model "
+            "samples, the default. May be given several times.",
             rich_help_panel=_CALIBRATION,
         ),
     ] = None,
