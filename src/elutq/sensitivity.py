@@ -204,7 +204,11 @@ def _weight(block: DecoderBlock, module: str) -> NDArray[np.float32]:
 
 
 def _divergences(reader: BlockReader, streams: Activations, count: int, device: torch.device) -> list[float]:
-    """KL of streams 1 to `count` from stream 0, the mean over tokens; one window at a time."""
+    """KL of streams 1 to `count` from stream 0, the mean over tokens; one window at a time.
+
+    As sum_i p_i (x_i + exp(-x_i) - 1), x_i = log(p_i / q_i): as long as p and q sum to one the same, but no term
+    is negative, and rounding counts only beside x.
+    """
     head = reader.head()
     totals, tokens = np.zeros(count), 0
 
@@ -216,6 +220,6 @@ def _divergences(reader: BlockReader, streams: Activations, count: int, device: 
         p = full.exp()
         tokens += len(full)
         for stream in range(1, count + 1):
-            other = log_probabilities(streams[stream][window])
-            totals[stream - 1] += float((p * (full - other)).sum(dtype=torch.float64))
-    return [max(0.0, total / tokens) for total in totals]
+            x = full - log_probabilities(streams[stream][window])
+            totals[stream - 1] += float((p * (x + torch.expm1(-x))).sum(dtype=torch.float64))
+    return [float(total) / tokens for total in totals]
