@@ -104,7 +104,7 @@ class Allocation:
         if budget < least:
             raise InvalidArgumentError(
                 f"the target is too small: with {_SMALLEST.bits} to {_LARGEST.bits} bit planes, this model "
-                f"can have {possible}"
+                f"can have from {possible}"
             )
         return budget
 
