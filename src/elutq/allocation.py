@@ -140,7 +140,7 @@ class Allocation:
             InsufficientMemoryError: it would not fit into memory.
         """
         windows = some_windows(self._engine, token_ids)
-        self._memory = out.with_name(f"{out.name}.sensitivity.json")
+        self._memory = out.with_name(f".{out.name}.sensitivity.json")
         digest = hashlib.sha256(fingerprint.encode()).hexdigest()
         measured = _recall(self._memory, digest)
         if measured is None:
@@ -238,15 +238,17 @@ def _fit(
 def _estimate(
     engine: EngineConfig, found: Sequence[Unit], tokens: int, device: torch.device, offload: bool
 ) -> Estimate:
+    """Count operations and bytes, as the module docstring of `elutq.sensitivity` does."""
     block = sum(unit.weights for unit in found) // engine.num_hidden_layers
-    active = block
-    if engine.num_experts:
-        active = block * engine.num_experts_per_tok // engine.num_experts
+    active = block * engine.num_experts_per_tok // engine.num_experts if engine.num_experts else block
+    head = engine.vocab_size * engine.hidden_size
     passes = (len(found) / 2 + 1) * engine.num_hidden_layers
     streams = 4 * tokens * engine.hidden_size * (len(found) + 1)
+    in_walk = block + 2 * max(unit.weights for unit in found)  # a unit as it was, and quantized
+    at_end = 2 * head + 4 * LENGTH * engine.vocab_size
     return Estimate(
-        seconds=passes * 2.0 * tokens * active / speed(device),
-        memory_bytes=3 * 4 * block + (0 if offload else streams),
+        seconds=2.0 * tokens * (passes * active + (len(found) + 1) * head) / speed(device),
+        memory_bytes=4 * max(in_walk, at_end) + (0 if offload else streams),
         offload_bytes=streams if offload else 0,
     )
 
