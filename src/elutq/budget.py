@@ -132,6 +132,9 @@ def _improve(units: Sequence[Sequence[Option]], chosen: Sequence[int], room: int
     # The best change among the first i, and the best of another unit than that.
     leaders: list[tuple[_Change, ...]] = [()]
     for change in changes:
+        if len(leaders[-1]) == 2 and change.loss >= leaders[-1][1].loss:
+            leaders.append(leaders[-1])
+            continue
         others = [leader for leader in leaders[-1] if leader.unit != change.unit]
         same = [leader for leader in leaders[-1] if leader.unit == change.unit]
         kept = min([*same, change], key=lambda one: one.loss)

@@ -115,9 +115,9 @@ def test_ten_thousand_units() -> None:
     """Against max over prices of sum_u min_i (loss + price * bits) - price * budget, which is no more."""
     units = model_like(10_000, np.random.default_rng(0))
     budget = at_share(units, 0.3)
-    started = time.perf_counter()
+    started = time.process_time()
     chosen = allocate(units, budget)
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 10
     sizes, losses = (np.array([[getattr(o, name) for o in u] for u in units]) for name in ("bits", "loss"))
     prices = np.geomspace(1e-10, 1e-8, 1000)
     bound = max((losses + price * sizes).min(1).sum() - price * budget for price in prices)
