@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--param-bits", type=int, nargs="+", default=[16], help="of scales and zeros: 16, 8")
     parser.add_argument("--methods", nargs="+", default=["rtn", "uniform", "ao", "hlq"], choices=hlq.METHODS)
     parser.add_argument("--importance", nargs="+", choices=["no", "yes"], default=["no", "yes"])
     parser.add_argument("--ctx", type=int, default=256)
@@ -41,20 +42,22 @@ def main() -> None:
     texts = [full.tokenizer.encode(path.read_text(), add_special_tokens=False) for path in args.text]
     full_nll = [evaluate(full, ids, args.ctx, max_tokens=args.max_tokens).nll for ids in texts]
     settings = [
-        (bits, method, importance == "yes")
+        (bits, param_bits, method, importance == "yes")
         for bits in args.bits
+        for param_bits in args.param_bits
         for method in args.methods
         for importance in args.importance
         if method in ("uniform", "hlq") or importance == "no"  # the others stay as published
     ]
     results: list[dict[str, Any]] = []
-    for bits, method, importance in settings:
+    for bits, param_bits, method, importance in settings:
         with tempfile.TemporaryDirectory() as work:
             report = quantize(
                 args.model,
                 Path(work) / "out",
                 bits=bits,
                 group_size=args.group_size,
+                param_bits=param_bits,
                 method=method,
                 importance=importance,
                 lm_head_bits=16,
@@ -67,6 +70,7 @@ def main() -> None:
         results.append(
             {
                 "bits": bits,
+                "param_bits": param_bits,
                 "method": method + ("+importance" if importance else ""),
                 "bits_per_weight": report.summary.linear_bits_per_weight,
                 "kl": fmean(score.kl or 0.0 for score in scores),

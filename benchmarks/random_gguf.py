@@ -18,7 +18,7 @@ from elutq.architectures import EngineConfig, block_linears
 _ALIGNMENT = 32
 _F32 = 0
 
-_BLOCK_NAMES = {
+BLOCK_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -128,7 +128,7 @@ def _tensors(config: EngineConfig, kind: str) -> Iterator[tuple[str, int, int, B
     yield "output_norm.weight", 1, hidden, None
     for name, rows, columns in block_linears(config):
         layer, module = name.removeprefix("model.layers.").split(".", 1)
-        yield f"blk.{layer}.{_BLOCK_NAMES[module]}.weight", rows, columns, TYPES[kind]
+        yield f"blk.{layer}.{BLOCK_NAMES[module]}.weight", rows, columns, TYPES[kind]
     for layer in map(str, range(config.num_hidden_layers)):
         yield f"blk.{layer}.attn_norm.weight", 1, hidden, None
         yield f"blk.{layer}.ffn_norm.weight", 1, hidden, None

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/hlq_matrix.h"
 #include "engine/sampler.h"
 
 namespace nb = nanobind;
@@ -71,23 +72,10 @@ KvType to_kv_type(std::string_view name) {
   throw std::invalid_argument("kv_cache must be fp16 or int8, not " + std::string(name));
 }
 
-void set_hlq(Engine& engine, std::string_view name, Array<uint8_t, 3> planes, Array<uint16_t, 3> scales,
-             Array<uint16_t, 2> zeros, int64_t in_features, int64_t group_size) {
-  HlqView view;
-  view.shape = {static_cast<int64_t>(planes.shape(1)), in_features, static_cast<int>(planes.shape(0)),
-                group_size == -1 ? in_features : group_size};
-  view.planes = planes.data();
-  view.scales = scales.data();
-  view.zeros = zeros.data();
-  const auto out = static_cast<size_t>(view.shape.out_features);
-  const auto groups = static_cast<size_t>(group_size == 0 ? 0 : view.shape.groups());
-  if (planes.shape(2) != static_cast<size_t>(in_features + 7) / 8 || scales.shape(0) != out ||
-      scales.shape(1) != groups || scales.shape(2) != planes.shape(0) || zeros.shape(0) != out ||
-      zeros.shape(1) != groups) {
-    throw std::invalid_argument(std::string(name) + ": planes, scales and zeros do not fit each other");
-  }
+void set_hlq(Engine& engine, std::string_view name, nb::handle matrix) {
+  const HlqMatrix arrays(matrix);
   const nb::gil_scoped_release release;
-  engine.weights().set_hlq(name, view);
+  engine.weights().set_hlq(name, arrays.view());
 }
 
 template <DenseType type, typename T>
@@ -161,7 +149,7 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("weight_bytes_per_token", [](const Engine& engine) { return engine.weights().bytes_per_token(); })
       .def_prop_ro("kv_cache", [](const Engine& engine) { return engine.kv_type() == KvType::kInt8 ? "int8" : "fp16"; })
       .def_prop_ro("kv_layer_bytes", &Engine::kv_layer_bytes)
-      .def("set_hlq", &set_hlq, "name"_a, "planes"_a, "scales"_a, "zeros"_a, "in_features"_a, "group_size"_a)
+      .def("set_hlq", &set_hlq, "name"_a, "matrix"_a)
       .def("set_float32", &set_dense<DenseType::kFloat32, float>, "name"_a, "values"_a)
       .def("set_float16", &set_dense<DenseType::kFloat16, uint16_t>, "name"_a, "values"_a)
       .def("set_bfloat16", &set_dense<DenseType::kBFloat16, uint16_t>, "name"_a, "values"_a)

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "bindings/bindings.h"
+#include "bindings/hlq_matrix.h"
 #include "solver/hlq_fit.h"
 #include "solver/squared_error.h"
 
@@ -24,9 +25,6 @@ using Importance = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::devic
 using Planes = nb::ndarray<uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Scales = nb::ndarray<uint16_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Zeros = nb::ndarray<uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using ConstPlanes = nb::ndarray<const uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-using ConstScales = nb::ndarray<const uint16_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-using ConstZeros = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 WeightType weight_type(const std::string& name) {
   if (name == "float32") return WeightType::kFloat32;
@@ -66,14 +64,18 @@ float fit(const Weights& weights, const std::string& type, int64_t group_size, c
   return elutq::fit_hlq(problem, output, pool);
 }
 
-std::pair<double, double> squared_error(const Weights& weights, const std::string& type, int64_t group_size,
-                                        const ConstPlanes& planes, const ConstScales& scales, const ConstZeros& zeros,
+std::pair<double, double> squared_error(const Weights& weights, const std::string& type, nb::handle matrix,
                                         int threads) {
-  const elutq::FitProblem problem = make_problem(weights, type, group_size, static_cast<int>(planes.shape(0)));
-  const elutq::QuantizedView matrix{planes.data(), scales.data(), zeros.data()};
+  const HlqMatrix arrays(matrix);
+  const auto& [shape, planes, scales, zeros, row_scales] = arrays.view();
+  if (shape.out_features != static_cast<int64_t>(weights.shape(0)) ||
+      shape.in_features != static_cast<int64_t>(weights.shape(1))) {
+    throw std::invalid_argument("the weights' shape is not the matrix's");
+  }
+  const elutq::FitProblem problem = make_problem(weights, type, shape.group_size, shape.bits);
   const nb::gil_scoped_release release;
   elutq::ThreadPool pool(threads);
-  const elutq::SquaredError sums = elutq::squared_error(problem, matrix, pool);
+  const elutq::SquaredError sums = elutq::squared_error(problem, {planes, scales, zeros, row_scales}, pool);
   return {sums.error, sums.norm};
 }
 
@@ -83,7 +85,6 @@ void bind_solver(nb::module_& m) {
   m.def("fit_hlq", &fit, nb::arg("weights"), nb::arg("type"), nb::arg("group_size"), nb::arg("method"),
         nb::arg("importance").none(), nb::arg("planes"), nb::arg("scales"), nb::arg("zeros"), nb::arg("threads"),
         "Quantizes weights into planes, scales and zeros; returns the largest magnitude, NaN when a weight is NaN.");
-  m.def("squared_error", &squared_error, nb::arg("weights"), nb::arg("type"), nb::arg("group_size"), nb::arg("planes"),
-        nb::arg("scales"), nb::arg("zeros"), nb::arg("threads"),
+  m.def("squared_error", &squared_error, nb::arg("weights"), nb::arg("type"), nb::arg("matrix"), nb::arg("threads"),
         "Returns ||W - W~||^2 and ||W||^2 of weights and their quantized form.");
 }

@@ -26,11 +26,15 @@
 /// exactly, so the sum of a segment is the same on every instruction set, bit for bit; and the floating-point steps
 /// that follow are fixed, fused multiply-adds included:
 ///
-///     for each segment, in order, with g its group:
+///     for each segment, in order, with g its group and acc = 0 at first:
 ///       u   = scale[0] * float(isum[0]);  for p = 1 .. bits-1:  u   = fma(scale[p], float(isum[p]), u)
 ///       acc = fma(u, table_scale[segment], acc)
 ///       mid = zero;                       for p = 0 .. bits-1:  mid = fma(0.5, scale[p], mid)
 ///       acc = fma(mid, table_sum[segment], acc)
+///     y = acc
+///
+/// Parameters of 8 bits are integers under a factor per row, w = row_scale * (zero + sum_p scale[p] * bit_p). The steps
+/// are the same, with the integers as floats, but for the last: y = row_scale * acc.
 ///
 /// Therefore one output depends on its own row and its own token alone: not on the batch, the number of threads, the
 /// split of the rows or the instruction set. The other entries keep the same promise: attention adds in the order
@@ -61,6 +65,7 @@ struct HlqShape {
   int64_t in_features = 0;
   int bits = 0;
   int64_t group_size = 0;
+  int param_bits = 16;  ///< of a scale or zero: 16, or 8 under a scale per row
 
   [[gnu::always_inline]] int64_t groups() const { return (in_features + group_size - 1) / group_size; }
   [[gnu::always_inline]] int64_t segment_size() const { return group_size < kMaxSegment ? group_size : kMaxSegment; }
@@ -78,9 +83,10 @@ struct HlqShape {
 /// An HLQ matrix as it lies on disk (docs/format.md).
 struct HlqView {
   HlqShape shape;
-  const uint8_t* planes = nullptr;   ///< [bits][out_features][ceil(in_features / 8)]
-  const uint16_t* scales = nullptr;  ///< fp16 [out_features][groups][bits]
-  const uint16_t* zeros = nullptr;   ///< fp16 [out_features][groups]
+  const uint8_t* planes = nullptr;       ///< [bits][out_features][ceil(in_features / 8)]
+  const void* scales = nullptr;          ///< fp16 or uint8 [out_features][groups][bits]
+  const void* zeros = nullptr;           ///< fp16 or int8 [out_features][groups]
+  const uint16_t* row_scales = nullptr;  ///< fp16 [out_features]; parameters of 8 bits only
 };
 
 /// Lookup tables of one token for matrices of one in_features and segment_size; the same on every instruction set.
@@ -164,7 +170,8 @@ struct KernelTable {
   int64_t (*packed_bytes)(const HlqShape& shape);
   /// Repacks rows [row_begin, row_end). Disjoint row ranges may be packed concurrently.
   void (*pack)(const HlqView& matrix, int64_t row_begin, int64_t row_end, uint8_t* packed);
-  /// Dequantizes one row to fp32 [in_features]: w = fma(scale[p], bit_p, w) from w = zero, p ascending.
+  /// Dequantizes one row to fp32 [in_features]: w = fma(scale[p], bit_p, w) from w = zero, p ascending; parameters of
+  /// 8 bits: times the row's scale, which is exact.
   void (*unpack_row)(const HlqShape& shape, const uint8_t* packed, int64_t row, float* weights);
   /// Tables of one token. x: fp32 [in_features]; columns past in_features count as 0.
   void (*build_tables)(const float* x, int64_t in_features, int64_t segment_size, TableView tables);

@@ -19,11 +19,20 @@ float fold_lanes(float (&lanes)[16]) {
 
 float scale_of(const HlqView& matrix, int plane, int64_t row, int64_t group) {
   const HlqShape& shape = matrix.shape;
-  return half_to_float(matrix.scales[(row * shape.groups() + group) * shape.bits + plane]);
+  const int64_t index = (row * shape.groups() + group) * shape.bits + plane;
+  if (shape.param_bits == 8) return static_cast<const uint8_t*>(matrix.scales)[index];
+  return half_to_float(static_cast<const uint16_t*>(matrix.scales)[index]);
 }
 
 float zero_of(const HlqView& matrix, int64_t row, int64_t group) {
-  return half_to_float(matrix.zeros[row * matrix.shape.groups() + group]);
+  const int64_t index = row * matrix.shape.groups() + group;
+  if (matrix.shape.param_bits == 8) return static_cast<const int8_t*>(matrix.zeros)[index];
+  return half_to_float(static_cast<const uint16_t*>(matrix.zeros)[index]);
+}
+
+/// What a row's weights are multiplied by in the end.
+float row_scale_of(const HlqView& matrix, int64_t row) {
+  return matrix.shape.param_bits == 8 ? half_to_float(matrix.row_scales[row]) : 1.0f;
 }
 
 }  // namespace
@@ -40,7 +49,7 @@ float weight(const HlqView& matrix, int64_t row, int64_t column) {
   for (int p = 0; p < matrix.shape.bits; ++p) {
     w = std::fma(scale_of(matrix, p, row, group), static_cast<float>(bit(matrix, p, row, column)), w);
   }
-  return w;
+  return row_scale_of(matrix, row) * w;
 }
 
 float sum(const float* values, int64_t count) {
@@ -127,7 +136,7 @@ void matmul(const HlqView& matrix, const TableView* tables, int64_t tokens, floa
         acc = std::fma(u, tables[token].scales[segment], acc);
         acc = std::fma(mid, tables[token].sums[segment], acc);
       }
-      y[token * y_stride + row] = acc;
+      y[token * y_stride + row] = row_scale_of(matrix, row) * acc;
     }
   }
 }
@@ -141,6 +150,7 @@ void matmul_double(const HlqView& matrix, const float* x, int64_t tokens, double
       double w = zero_of(matrix, row, group);
       for (int p = 0; p < shape.bits; ++p)
         w += bit(matrix, p, row, column) * static_cast<double>(scale_of(matrix, p, row, group));
+      w *= row_scale_of(matrix, row);
       for (int64_t token = 0; token < tokens; ++token) {
         y[token * shape.out_features + row] += w * x[token * shape.in_features + column];
       }

@@ -12,7 +12,8 @@ namespace elutq::reference {
 /// Bit `plane` of weight (row, column), 0 or 1.
 int bit(const HlqView& matrix, int plane, int64_t row, int64_t column);
 
-/// Weight (row, column) as fp32: w = fma(scale[p], bit_p, w) from w = zero, p ascending.
+/// Weight (row, column) as fp32: w = fma(scale[p], bit_p, w) from w = zero, p ascending, times the row's scale if there
+/// is one.
 float weight(const HlqView& matrix, int64_t row, int64_t column);
 
 /// Sum of `count` values, or of their squares, in the canonical order: element i is added to lane i % 16 in order,

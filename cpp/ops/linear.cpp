@@ -94,6 +94,9 @@ void Linear::set_hlq(const Backend& backend, const HlqView& matrix) {
   if (shape.bits < 1 || shape.bits > kMaxBits) {
     throw std::invalid_argument("an HLQ matrix has 1 to 4 bits, not " + std::to_string(shape.bits));
   }
+  if (shape.param_bits != 16 && shape.param_bits != 8) {
+    throw std::invalid_argument("HLQ parameters have 16 or 8 bits, not " + std::to_string(shape.param_bits));
+  }
   const bool power_of_two = (shape.group_size & (shape.group_size - 1)) == 0;
   const bool fixed_group = power_of_two && shape.group_size >= 32 && shape.group_size <= 256;
   if (!fixed_group && shape.group_size != shape.in_features) {
@@ -120,7 +123,9 @@ void Linear::set_dense(DenseType type, const void* weights, std::shared_ptr<cons
 
 int64_t Linear::row_bytes() const {
   if (!is_hlq()) return in_features() * dense_value_bytes(dense_type_);
-  return shape_.bits * ((shape_.in_features + 7) / 8) + 2 * (shape_.bits + 1) * shape_.groups();
+  const int64_t row_scale_bytes = shape_.param_bits == 8 ? 2 : 0;
+  return shape_.bits * ((shape_.in_features + 7) / 8) + (shape_.bits + 1) * shape_.groups() * (shape_.param_bits / 8) +
+         row_scale_bytes;
 }
 
 void Linear::read_row(const KernelTable& kernels, int64_t row, float* weights) const {

@@ -7,11 +7,12 @@
 
 namespace elutq {
 
-/// What fit_hlq made of a matrix.
+/// The quantized form of a matrix: with parameters of fp16, as fit_hlq makes them, or of 8 bits under a scale per row.
 struct QuantizedView {
-  const uint8_t* planes = nullptr;   ///< [bits][out_features][ceil(in_features / 8)]
-  const uint16_t* scales = nullptr;  ///< fp16 [out_features][groups][bits]
-  const uint16_t* zeros = nullptr;   ///< fp16 [out_features][groups]
+  const uint8_t* planes = nullptr;       ///< [bits][out_features][ceil(in_features / 8)]
+  const void* scales = nullptr;          ///< fp16 or uint8 [out_features][groups][bits]
+  const void* zeros = nullptr;           ///< fp16 or int8 [out_features][groups]
+  const uint16_t* row_scales = nullptr;  ///< fp16 [out_features], or nullptr when parameters are fp16
 };
 
 struct SquaredError {

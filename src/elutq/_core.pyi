@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elutq.architectures import EngineConfig
+from elutq.packing import HlqMatrix
 
 class Sequence:
     """Keys and values of one sequence."""
@@ -32,15 +33,7 @@ class Engine:
     def kv_cache(self) -> str: ...
     @property
     def kv_layer_bytes(self) -> int: ...
-    def set_hlq(
-        self,
-        name: str,
-        planes: NDArray[np.uint8],
-        scales: NDArray[np.uint16],
-        zeros: NDArray[np.uint16],
-        in_features: int,
-        group_size: int,
-    ) -> None: ...
+    def set_hlq(self, name: str, matrix: HlqMatrix) -> None: ...
     def set_float32(self, name: str, values: NDArray[np.float32]) -> None: ...
     def set_float16(self, name: str, values: NDArray[np.uint16]) -> None: ...
     def set_bfloat16(self, name: str, values: NDArray[np.uint16]) -> None: ...
@@ -95,15 +88,7 @@ class LinearRunner:
 class PackedLinear:
     """One HLQ matrix, packed for this machine: the same product, bit for bit, as inside a model."""
 
-    def __init__(
-        self,
-        runner: LinearRunner,
-        planes: NDArray[np.uint8],
-        scales: NDArray[np.uint16],
-        zeros: NDArray[np.uint16],
-        in_features: int,
-        group_size: int,
-    ) -> None: ...
+    def __init__(self, runner: LinearRunner, matrix: HlqMatrix) -> None: ...
     @property
     def memory_bytes(self) -> int: ...
     def multiply(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -125,10 +110,7 @@ def fit_hlq(
 def squared_error(
     weights: NDArray[np.generic],
     type: str,  # noqa: A002
-    group_size: int,
-    planes: NDArray[np.uint8],
-    scales: NDArray[np.uint16],
-    zeros: NDArray[np.uint16],
+    matrix: HlqMatrix,
     threads: int,
 ) -> tuple[float, float]:
     """||W - W~||^2 and ||W||^2 of weights and their quantized form."""

@@ -7,7 +7,6 @@ Joins what quantizing each matrix would cost (`elutq.sensitivity`) to the choice
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -24,7 +23,7 @@ from elutq.architectures import EngineConfig
 from elutq.blocks import BlockReader
 from elutq.budget import Option, Target, allocate
 from elutq.calibrated import Estimate, check_memory, choose_device, speed
-from elutq.checkpoint import Checkpoint, TensorInfo, model_parts, weight_bytes
+from elutq.checkpoint import Checkpoint, TensorInfo, model_parts, weight_bytes, write_atomically
 from elutq.errors import InvalidArgumentError
 from elutq.importance import input_importance
 from elutq.packing import HlqMatrix
@@ -44,16 +43,13 @@ from elutq.sensitivity import (
     units,
 )
 
-#: What the smallest model has throughout, and the largest.
-_SMALLEST, _LARGEST = SCHEMES[0], SCHEMES[-1]
-
 
 class Allocation:
     """The choice of schemes for one model.
 
     Args:
         checkpoint: the full model, perhaps rotated.
-        outer: how embedding and head are stored; its default does not matter.
+        outer: how embedding and head are stored; of its default, only the width of parameters counts.
         found: the model's tensors.
         target: the size that is wanted. One above the largest possible is not used up.
         shard_bytes: most tensor bytes in one weight file.
@@ -81,15 +77,17 @@ class Allocation:
     ) -> None:
         self._checkpoint, self._engine, self._outer = checkpoint, checkpoint.engine, outer
         self._units = units(checkpoint.engine)
+        self._schemes = [replace(scheme, param_bits=outer.default.param_bits) for scheme in SCHEMES]
         self._budget = self._bits_for_units(found, target, shard_bytes)
         self._memory: Path | None = None
         self.record: dict[str, Any] = {}
 
     def _bits_for_units(self, found: Mapping[str, TensorInfo], target: Target, shard_bytes: int) -> int:
-        least, most = (sum(unit.stored_bits(s) for unit in self._units) for s in (_SMALLEST, _LARGEST))
-        largest = model_parts(self._engine, replace(self._outer, default=_LARGEST))
+        smallest, largest = self._schemes[0], self._schemes[-1]
+        least, most = (sum(unit.stored_bits(s) for unit in self._units) for s in (smallest, largest))
+        parts = model_parts(self._engine, replace(self._outer, default=largest))
         if target.bits_per_weight is not None:
-            matrices = in_blocks(summarize(largest, found).tensors)
+            matrices = in_blocks(summarize(parts, found).tensors)
             params = sum(matrix.params for matrix in matrices)
             others = 8 * sum(matrix.nbytes for matrix in matrices) - most
             budget = math.floor(target.bits_per_weight * params) - others
@@ -97,13 +95,13 @@ class Allocation:
             possible = f"{low:g} to {high:g} bits per weight"
         else:
             assert target.file_bytes is not None
-            specs = [spec for part in largest for spec in part.specs(found)]
+            specs = [spec for part in parts for spec in part.specs(found)]
             others = 8 * weight_bytes(specs, shard_bytes) - most  # no choice has longer headers
             budget = 8 * target.file_bytes - others
             possible = f"{(least + others) // 8} to {(most + others) // 8} bytes"
         if budget < least:
             raise InvalidArgumentError(
-                f"the target is too small: with {_SMALLEST.bits} to {_LARGEST.bits} bit planes, this model "
+                f"the target is too small: with {smallest.bits} to {largest.bits} bit planes, this model "
                 f"can have from {possible}"
             )
         return budget
@@ -165,17 +163,17 @@ class Allocation:
             _remember(self._memory, digest, measured)
         losses = [measured[unit.name].losses() for unit in self._units]
         options = [
-            [Option(unit.stored_bits(s), loss) for s, loss in zip(SCHEMES, row, strict=True)]
+            [Option(unit.stored_bits(s), loss) for s, loss in zip(self._schemes, row, strict=True)]
             for unit, row in zip(self._units, losses, strict=True)
         ]
         choice = allocate(options, self._budget)
-        schemes = {unit.name: SCHEMES[i] for unit, i in zip(self._units, choice, strict=True)}
+        schemes = {unit.name: self._schemes[i] for unit, i in zip(self._units, choice, strict=True)}
         self.record = {
             "tokens": windows.size,
-            "measured_at": asdict(MEASURED),
-            "schemes": [asdict(scheme) for scheme in SCHEMES],
+            "measured_at": MEASURED.to_config(),
+            "schemes": [scheme.to_config() for scheme in self._schemes],
             "expected_kl": sum(row[i] for row, i in zip(losses, choice, strict=True)),
-            "units": {name: asdict(scheme) | asdict(measured[name]) for name, scheme in schemes.items()},
+            "units": {name: scheme.to_config() | asdict(measured[name]) for name, scheme in schemes.items()},
         }
         return self._model_scheme(schemes)
 
@@ -183,7 +181,7 @@ class Allocation:
         weights: Counter[QuantScheme] = Counter()
         for unit in self._units:
             weights[schemes[unit.name]] += unit.weights
-        default = max(SCHEMES, key=lambda scheme: weights[scheme])
+        default = max(self._schemes, key=lambda scheme: weights[scheme])
         overrides = {
             spec.name: schemes[unit.name]
             for unit in self._units
@@ -265,6 +263,4 @@ def _recall(path: Path, digest: str) -> dict[str, Sensitivity] | None:
 
 def _remember(path: Path, digest: str, measured: Mapping[str, Sensitivity]) -> None:
     text = json.dumps({"of": digest, "units": {name: asdict(found) for name, found in measured.items()}})
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
+    write_atomically(path, text.encode())

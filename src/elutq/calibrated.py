@@ -3,7 +3,7 @@
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -250,13 +250,11 @@ def _free_memory() -> int:
 def _embedder(embedding: HlqMatrix, device: torch.device) -> Callable[[Tensor], Tensor]:
     def embed(token_ids: Tensor) -> Tensor:
         rows, place = np.unique(token_ids.numpy(), return_inverse=True)
-        some = HlqMatrix(
-            embedding.planes[:, rows],
-            embedding.scales[rows],
-            embedding.zeros[rows],
-            embedding.in_features,
-            embedding.group_size,
-        )
+        arrays: dict[str, Any] = {
+            name: array[:, rows] if name == "planes" else array[rows]
+            for name, array in embedding.arrays.items()
+        }
+        some = replace(embedding, **arrays)
         return torch.from_numpy(hlq.dequantize(some)[place]).to(device)
 
     return embed
@@ -272,14 +270,12 @@ class _Store:
         part = self._parts.get(module)
         if part is None or part.scheme is None or module not in self._writer.done:
             return None
-        planes, scales, zeros = (
-            self._writer.read(f"{module}.{part}") for part in ("planes", "scales", "zeros")
-        )
-        return HlqMatrix(planes, scales, zeros, part.shape[1], part.scheme.group_size)
+        arrays = {name.rpartition(".")[2]: self._writer.read(name) for name in part.tensors}
+        return HlqMatrix(in_features=part.shape[1], group_size=part.scheme.group_size, **arrays)
 
     def put(self, module: str, matrix: HlqMatrix, outcome: Outcome, weight: NDArray[np.float32]) -> None:
-        for name in ("planes", "scales", "zeros"):
-            self._writer.write(f"{module}.{name}", getattr(matrix, name))
+        for name, array in matrix.arrays.items():
+            self._writer.write(f"{module}.{name}", array)
         error, norm = hlq.squared_error(weight, matrix)
         record = {"error": error, "norm": norm, "outcome": asdict(outcome)}
         self._writer.commit(module, self._parts[module].tensors, record)

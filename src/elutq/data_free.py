@@ -84,8 +84,6 @@ class DataFreeJob:
         """Quantize a matrix; yields the weights done after each piece."""
         assert part.scheme is not None
         rows, columns = part.shape
-        groups = part.scheme.groups(columns)
-        row_bytes = -(-columns // 8)
         importance = self._input_importance(part)
         measured = SquaredError(0.0, 0.0)
         for piece in _row_pieces(rows, columns):
@@ -99,13 +97,14 @@ class DataFreeJob:
                 threads=self._threads,
                 name=part.source,
             )
+            if part.scheme.param_bits == 8:
+                matrix = hlq.to_8bit(weight, matrix, importance, threads=self._threads)
             measured += SquaredError(*hlq.squared_error(weight, matrix, threads=self._threads))
-            for plane in range(matrix.bits):
-                first = (plane * rows + piece.start) * row_bytes
-                self._writer.write(f"{part.name}.planes", matrix.planes[plane], at=first)
-            first = piece.start * groups
-            self._writer.write(f"{part.name}.scales", matrix.scales, at=first * matrix.bits)
-            self._writer.write(f"{part.name}.zeros", matrix.zeros, at=first)
+            for name, array in matrix.arrays.items():
+                of_rows = array if name == "planes" else array[None]  # [planes or 1, rows, ...]
+                for plane, values in enumerate(of_rows):
+                    first = (plane * rows + piece.start) * values[0].size
+                    self._writer.write(f"{part.name}.{name}", values, at=first)
             self._checkpoint.release(part.source)
             yield weight.size
         self._writer.commit(part.name, part.tensors, asdict(measured))

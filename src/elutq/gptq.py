@@ -46,6 +46,8 @@ from elutq.scheme import QuantScheme
 #: Most rows, and weights, in work at once: bounds memory.
 _ROWS = 4096
 _WEIGHTS = 1 << 24
+#: Room that row scales leave for what error compensation adds to the weights.
+_BYTE_MARGIN = 1.1
 _DAMP_STEP = 10.0
 _DAMP_LIMIT = 10.0
 
@@ -67,9 +69,9 @@ class SolverOptions:
 
     uniform: bool = False
     feedback: bool = True
-    rounds: int = 6
+    rounds: int = 4
     descents: int = 2
-    sweeps: int = 3
+    sweeps: int = 1
     sweep_rounds: int = 2
     damp: float = 0.01
     target_share: float = 1.0
@@ -180,9 +182,11 @@ def solve(weight: Tensor, metric: Metric, scheme: QuantScheme, *, name: str = "w
         raise TensorShapeError(f"{name} has {columns} columns, its inputs' Hessian {metric.in_features}")
     hlq.check_range(float(weight.abs().max()), name)
     groups = scheme.groups(columns)
+    in_bytes = scheme.param_bits == 8
     codes = np.empty((rows, columns), np.uint8)
-    scales = np.empty((rows, groups, scheme.bits), np.float16)
-    zeros = np.empty((rows, groups), np.float16)
+    scales = np.empty((rows, groups, scheme.bits), np.uint8 if in_bytes else np.float16)
+    zeros = np.empty((rows, groups), np.int8 if in_bytes else np.float16)
+    row_scales = np.empty(rows, np.float16) if in_bytes else None
     error = norm = 0.0
     step = max(1, min(_ROWS, _WEIGHTS // columns))
     for first in range(0, rows, step):
@@ -190,11 +194,17 @@ def solve(weight: Tensor, metric: Metric, scheme: QuantScheme, *, name: str = "w
         solver = _Solver(weight[some].T.contiguous(), metric, scheme)
         solver.run()
         codes[some] = solver.codes.T.cpu().numpy()
-        parameters = solver.parameters.permute(2, 0, 1).cpu().numpy()
-        scales[some], zeros[some] = parameters[:, :, :-1], parameters[:, :, -1]
+        parameters = solver.parameters.permute(2, 0, 1)
+        if row_scales is not None and solver.row_scales is not None:
+            row_scales[some] = solver.row_scales.cpu().numpy()
+            units = parameters / solver.row_scales[:, None, None]
+            parameters = torch.where(solver.row_scales[:, None, None] > 0, units, 0).round()
+        scales[some] = parameters[:, :, :-1].cpu().numpy()
+        zeros[some] = parameters[:, :, -1].cpu().numpy()
         error += metric.error(solver.target - solver.values)
         norm += metric.error(weight[some].T)
-    matrix = HlqMatrix(pack_codes(codes, scheme.bits), scales, zeros, columns, scheme.group_size)
+    planes = pack_codes(codes, scheme.bits)
+    matrix = HlqMatrix(planes, scales, zeros, columns, scheme.group_size, row_scales)
     return Solution(matrix, error / norm if norm > 0 else error)
 
 
@@ -206,6 +216,7 @@ class _Solver:
         values: what the quantized matrix is at present, the same shape.
         codes: uint8, the same shape.
         parameters: scales and, last, the zero of every group, [groups, bits + 1, rows].
+        row_scales: what they are multiples of, [rows], when they are stored in bytes.
     """
 
     def __init__(self, weight: Tensor, metric: Metric, scheme: QuantScheme) -> None:
@@ -217,6 +228,7 @@ class _Solver:
         self.parameters = weight.new_zeros((scheme.groups(columns), scheme.bits + 1, rows))
         size = scheme.columns_per_group(columns)
         self._groups = [slice(first, min(first + size, columns)) for first in range(0, columns, size)]
+        self.row_scales = self._choose_row_scales() if scheme.param_bits == 8 else None
 
     def run(self) -> None:
         """The first pass and the sweeps."""
@@ -233,9 +245,8 @@ class _Solver:
         before = slice(0, group.start)
         spill = factor[before, group].T @ (self.target - self.values)[before]
         target = self.target[group] + torch.linalg.solve_triangular(own.T, spill, upper=False)
-        problem = GroupProblem(target, own @ own.T, self.bits)
-        method = "uniform" if self.options.uniform else "hlq" if self.options.feedback else "ao"
-        parameters = self._data_free(target, own.diagonal().square(), method)
+        problem = GroupProblem(target, own @ own.T, self.bits, self.row_scales)
+        parameters = self._data_free(target, own.diagonal().square())
         problem.start(parameters, own if self.options.feedback else None)
         problem.improve(self.options.rounds, self.options.descents)
         self._store(index, group, problem)
@@ -244,7 +255,8 @@ class _Solver:
         damped = self.metric.damped
         pull = damped[group] @ (self.target - self.values)
         own = damped[group, group]
-        problem = GroupProblem(self.values[group] + torch.linalg.solve(own, pull), own, self.bits)
+        target = self.values[group] + torch.linalg.solve(own, pull)
+        problem = GroupProblem(target, own, self.bits, self.row_scales)
         problem.resume(self.codes[group], self.parameters[index])
         problem.improve(self.options.sweep_rounds, self.options.descents)
         self._store(index, group, problem)
@@ -253,8 +265,19 @@ class _Solver:
         self.codes[group], self.parameters[index] = problem.best_codes, problem.best_parameters
         self.values[group] = problem.best_values
 
-    def _data_free(self, target: Tensor, importance: Tensor, method: str) -> Tensor:
+    def _choose_row_scales(self) -> Tensor:
+        """Units in which what the data-free solver makes of a row's groups fits bytes."""
+        needed = torch.zeros_like(self.target[0])
+        for group in self._groups:
+            own = self.metric.factor[group, group]
+            parameters = self._data_free(self.target[group], own.diagonal().square())
+            needed = torch.maximum(needed, parameters[:-1].amax(0) / 255)
+            needed = torch.maximum(needed, torch.maximum(-parameters[-1] / 128, parameters[-1] / 127))
+        return (needed * _BYTE_MARGIN).half().float()
+
+    def _data_free(self, target: Tensor, importance: Tensor) -> Tensor:
         """Parameters of the data-free solver, [bits + 1, rows]."""
+        method = "uniform" if self.options.uniform else "hlq" if self.options.feedback else "ao"
         limited = target.T.clamp(-hlq.HALF_MAX, hlq.HALF_MAX).contiguous()
         matrix = hlq.fit(
             limited.cpu().numpy(), self.bits, -1, weights=importance.cpu().numpy(), method=method

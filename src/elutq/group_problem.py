@@ -23,19 +23,21 @@ class GroupProblem:
         target: x, float32 [columns, rows].
         metric: M, float32 [columns, columns], positive definite.
         bits: bit planes.
+        row_scales: float32 [rows], fp16 values: parameters are bytes in these units; None: they are fp16.
 
     Attributes:
         codes: uint8 [columns, rows], of the iterate.
         values: q, float32 [columns, rows], what the codes stand for.
-        parameters: float32 [bits + 1, rows], scales and, last, zero; fp16 values, scales >= 0 and ascending.
+        parameters: float32 [bits + 1, rows], scales and, last, zero, as they can be stored; scales >= 0 and
+            ascending.
         best_codes: the codes of the best iterate of each row.
         best_values: likewise.
         best_parameters: likewise.
         best_loss: float32 [rows].
     """
 
-    def __init__(self, target: Tensor, metric: Tensor, bits: int) -> None:
-        self.target, self.metric, self.bits = target, metric, bits
+    def __init__(self, target: Tensor, metric: Tensor, bits: int, row_scales: Tensor | None = None) -> None:
+        self.target, self.metric, self.bits, self._row_scales = target, metric, bits, row_scales
         patterns = torch.arange(2**bits)[:, None] >> torch.arange(bits) & 1
         self._patterns = patterns.to(target)
         self.best_loss: Tensor | None = None
@@ -45,8 +47,8 @@ class GroupProblem:
 
         Args:
             parameters: [bits + 1, rows], scales and, last, zero.
-            factor: V, upper triangular [columns, columns], M = V V^T: codes are chosen column by column, later
-                ones making up for the errors of earlier ones. None: each is the nearest to its target.
+            factor: V, upper triangular [columns, columns], M = V V^T: codes are chosen column by column,
+                later ones making up for the errors of earlier ones. None: each is the nearest to its target.
         """
         self._set_parameters(parameters)
         self.values, self.codes = self._nearest(self.target)
@@ -138,12 +140,18 @@ class GroupProblem:
         self._set_parameters(torch.cat([scales, zero[None]]))
 
     def _set_parameters(self, parameters: Tensor) -> None:
-        self.parameters = parameters.clamp(-hlq.HALF_MAX, hlq.HALF_MAX).half().float()
+        self.parameters = self._storable(parameters)
         levels = self._patterns @ self.parameters[:-1] + self.parameters[-1]
         self._levels = levels
         self._ascending, order = levels.sort(0)
         self._order = order.to(torch.uint8)
         self._borders = (self._ascending[1:] + self._ascending[:-1]) / 2
+
+    def _storable(self, parameters: Tensor) -> Tensor:
+        if self._row_scales is None:
+            return parameters.clamp(-hlq.HALF_MAX, hlq.HALF_MAX).half().float()
+        units = torch.where(self._row_scales > 0, parameters / self._row_scales, 0).round()
+        return self._row_scales * torch.cat([units[:-1].clamp(0, 255), units[-1:].clamp(-128, 127)])
 
     def _nearest(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Value and code of the level nearest to each number; [rows] or [columns, rows] -> the same shape."""

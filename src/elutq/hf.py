@@ -9,11 +9,10 @@ writes an HLQ folder again. Beside them the kernels hold their packed matrices: 
 from typing import Any
 from weakref import WeakValueDictionary
 
-import numpy as np
-
 from elutq import _core
 from elutq.architectures import EMBEDDING, HEAD, EngineConfig, block_linears, engine_config
 from elutq.errors import InvalidArgumentError, MissingDependencyError
+from elutq.packing import HlqMatrix
 from elutq.runtime import machine_options
 from elutq.scheme import QUANT_METHOD, ModelScheme, QuantScheme
 
@@ -37,13 +36,16 @@ class HlqMatrixModule(nn.Module):
 
     Attributes:
         planes: uint8 [bits, out_features, ceil(in_features / 8)].
-        scales: float16 [out_features, groups, bits], whatever dtype the model is cast to.
-        zeros: float16 [out_features, groups], likewise.
+        scales: float16 [out_features, groups, bits], whatever dtype the model is cast to; uint8 with
+            row_scales.
+        zeros: float16 [out_features, groups], likewise; int8 with row_scales.
+        row_scales: float16 [out_features], likewise; None when scales and zeros are float16.
     """
 
     planes: Tensor
     scales: Tensor
     zeros: Tensor
+    row_scales: Tensor | None
 
     def __init__(self, out_features: int, in_features: int, scheme: QuantScheme) -> None:
         super().__init__()
@@ -51,22 +53,28 @@ class HlqMatrixModule(nn.Module):
         self.in_features = in_features
         self.scheme = scheme
         bits, groups = scheme.bits, scheme.groups(in_features)
+        in_bytes = scheme.param_bits == 8
+        scale_type = torch.uint8 if in_bytes else torch.float16
+        zero_type = torch.int8 if in_bytes else torch.float16
+        row_scales = torch.zeros(out_features, dtype=torch.float16) if in_bytes else None
         self.register_buffer(
             "planes", torch.zeros(bits, out_features, -(-in_features // 8), dtype=torch.uint8)
         )
-        self.register_buffer("scales", torch.zeros(out_features, groups, bits, dtype=torch.float16))
-        self.register_buffer("zeros", torch.zeros(out_features, groups, dtype=torch.float16))
+        self.register_buffer("scales", torch.zeros(out_features, groups, bits, dtype=scale_type))
+        self.register_buffer("zeros", torch.zeros(out_features, groups, dtype=zero_type))
+        self.register_buffer("row_scales", row_scales)
         self._packed: _core.PackedLinear | None = None
 
     def dequantize(self, rows: Tensor | None = None) -> Tensor:
-        """The weights by rule F28 of the format, float32 [rows, in_features].
+        """The weights by rules F28 and F34 of the format, float32 [rows, in_features].
 
         Args:
             rows: indices of the rows wanted, all by default.
         """
-        planes, scales, zeros = self.planes, self.scales, self.zeros
+        planes, scales, zeros, row_scales = self.planes, self.scales, self.zeros, self.row_scales
         if rows is not None:
             planes, scales, zeros = planes[:, rows], scales[rows], zeros[rows]
+            row_scales = None if row_scales is None else row_scales[rows]
         size = self.scheme.columns_per_group(self.in_features)
         groups = torch.arange(self.in_features, device=planes.device) // size
         shifts = torch.arange(8, dtype=torch.uint8, device=planes.device)
@@ -74,33 +82,35 @@ class HlqMatrixModule(nn.Module):
         for plane, scale in zip(planes, scales.float().unbind(-1), strict=True):
             bits = (plane[..., None] >> shifts & 1).flatten(-2)[..., : self.in_features]
             weight = weight + scale[:, groups] * bits
-        return weight
+        return weight if row_scales is None else weight * row_scales.float()[:, None]
 
     def multiply(self, x: Tensor) -> Tensor:
         """Product of x [..., in_features] and the transposed matrix, [..., out_features] in x's dtype."""
         if x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
             return nn.functional.linear(x, self.dequantize().to(x.dtype))
         if self._packed is None:
-            self._packed = _core.PackedLinear(
-                _runner(),
-                self.planes.contiguous().numpy(),
-                self.scales.contiguous().numpy().view(np.uint16),
-                self.zeros.contiguous().numpy().view(np.uint16),
-                self.in_features,
-                self.scheme.group_size,
+            matrix = HlqMatrix(
+                planes=self.planes.numpy(),
+                scales=self.scales.numpy(),
+                zeros=self.zeros.numpy(),
+                in_features=self.in_features,
+                group_size=self.scheme.group_size,
+                row_scales=None if self.row_scales is None else self.row_scales.numpy(),
             )
+            self._packed = _core.PackedLinear(_runner(), matrix)
         rows = x.detach().reshape(-1, self.in_features).to(torch.float32).contiguous()
         y = torch.from_numpy(self._packed.multiply(rows.numpy()))
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Shape and scheme, for `print(model)`."""
-        bits, group_size = self.scheme.bits, self.scheme.group_size
-        return f"{self.in_features}, {self.out_features}, bits={bits}, group_size={group_size}"
+        scheme = ", ".join(f"{key}={value}" for key, value in self.scheme.to_config().items())
+        return f"{self.in_features}, {self.out_features}, {scheme}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # A cast of the model must not reach the parameters of the format; a move must. Integers are not cast.
-        kept = {id(self.scales), id(self.zeros)}
+        parameters = (self.scales, self.zeros, self.row_scales)
+        kept = {id(tensor) for tensor in parameters if tensor is not None and tensor.dtype == torch.float16}
 
         def move(tensor: Tensor) -> Tensor:
             if id(tensor) not in kept:

@@ -23,12 +23,14 @@ after rounding to fp16.
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
+from elutq.byte_parameters import round_to_bytes
 from elutq.errors import InvalidArgumentError, TensorShapeError, TensorValueError
-from elutq.packing import HlqMatrix, pack_codes, unpack_codes
+from elutq.packing import HlqMatrix, pack_codes, patterns, unpack_codes
 from elutq.scheme import QuantScheme
 
 Floats = NDArray[np.float64]
@@ -124,14 +126,87 @@ def fit(
     return _fit_core(weight, scheme, importance, method, threads, name)
 
 
+def to_8bit(
+    weight: NDArray[np.float32],
+    matrix: HlqMatrix,
+    weights: NDArray[np.float32] | None = None,
+    *,
+    threads: int | None = None,
+) -> HlqMatrix:
+    """The same matrix with 8-bit scales and zeros under one fp16 factor per row.
+
+    Of several factors per row the one with the least error is kept. Parameters are rounded one by one, those
+    still free fitted anew around them, and codes are chosen again for what is stored.
+
+    Args:
+        weight: float32, float16 or bfloat16 (out_features, in_features): what `matrix` stands for.
+        matrix: a solution with fp16 parameters, of any method; where the search begins.
+        weights: importance of each column, (in_features,), as in `fit`. Across the groups of a row, too.
+        threads: all CPUs by default. The result does not depend on it.
+
+    Raises:
+        InvalidArgumentError: `matrix` has 8-bit parameters already, or `weights` is outside what is
+            supported.
+        TensorShapeError: the shapes differ.
+    """
+    if matrix.row_scales is not None:
+        raise InvalidArgumentError("the matrix has 8-bit parameters already")
+    _check_same_shape(weight, matrix)
+    rows, columns = weight.shape
+    scheme = QuantScheme(matrix.bits, matrix.group_size)
+    group, groups = scheme.columns_per_group(columns), scheme.groups(columns)
+    importance = _importance(weights, columns, scheme, "weight")
+    # Columns that fill the last group up count for nothing.
+    a = np.zeros((groups, group))
+    a.reshape(-1)[:columns] = 1 if importance is None else importance
+    shares = np.ones(groups)
+    if weights is not None and weights.any():
+        shares = np.maximum.reduceat(weights.astype(np.float64), np.arange(0, columns, group))
+
+    def convert(first: int) -> HlqMatrix:
+        some = slice(first, first + step)
+        x = np.zeros((len(weight[some]), groups * group), np.float32)
+        x[:, :columns] = weight[some]
+        s, z = _canonical(
+            matrix.scales[some].reshape(-1, matrix.bits).astype(np.float64),
+            matrix.zeros[some].reshape(-1).astype(np.float64),
+        )
+        scales, zeros, factors = round_to_bytes(
+            x.reshape(-1, groups, group), a, shares, s.reshape(-1, groups, matrix.bits), z.reshape(-1, groups)
+        )
+        unit = np.repeat(factors.astype(np.float64), groups)
+        codes = _select(
+            x.reshape(-1, group).astype(np.float64),
+            scales.reshape(-1, matrix.bits) * unit[:, None],
+            zeros.reshape(-1) * unit,
+        )
+        planes = pack_codes(codes.reshape(-1, groups * group)[:, :columns], matrix.bits)
+        return HlqMatrix(planes, scales, zeros, columns, matrix.group_size, factors)
+
+    step = max(1, _CHUNK // columns)
+    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        parts = list(pool.map(convert, range(0, rows, step)))
+    arrays = {
+        name: np.concatenate([part.arrays[name] for part in parts], axis=1 if name == "planes" else 0)
+        for name in parts[0].arrays
+    }
+    return HlqMatrix(**arrays, in_features=columns, group_size=matrix.group_size)
+
+
 def dequantize(matrix: HlqMatrix) -> NDArray[np.float32]:
-    """The matrix w = zeros + sum_p scales[p] * bit_p, float32 (out_features, in_features)."""
+    """The matrix w = zeros + sum_p scales[p] * bit_p, times the row's scale if there is one.
+
+    Returns:
+        float32 (out_features, in_features), by rules F28 and F34 of the format.
+    """
     columns = np.arange(matrix.in_features)
     group = columns // (matrix.in_features if matrix.group_size == -1 else matrix.group_size)
     codes = unpack_codes(matrix.planes, matrix.in_features)
     result = matrix.zeros.astype(np.float32)[:, group]
     for p in range(matrix.bits):
         result += matrix.scales[:, :, p].astype(np.float32)[:, group] * (codes >> p & 1)
+    if matrix.row_scales is not None:
+        result *= matrix.row_scales.astype(np.float32)[:, None]
     return result
 
 
@@ -158,21 +233,22 @@ def squared_error(
     """
     from elutq import _core
 
-    if weight.shape != (matrix.out_features, matrix.in_features):
-        raise TensorShapeError(
-            f"weight has shape {weight.shape}, its quantized form {(matrix.out_features, matrix.in_features)}"
-        )
+    _check_same_shape(weight, matrix)
     values = np.ascontiguousarray(weight)
     error, norm = _core.squared_error(
         values if values.dtype == np.float32 else values.view(np.uint16),
         values.dtype.name,
-        matrix.in_features if matrix.group_size == -1 else matrix.group_size,
-        matrix.planes,
-        matrix.scales.view(np.uint16),
-        matrix.zeros.view(np.uint16),
+        matrix,
         threads or len(os.sched_getaffinity(0)),
     )
     return error, norm
+
+
+def _check_same_shape(weight: NDArray[np.float32], matrix: HlqMatrix) -> None:
+    if weight.shape != (matrix.out_features, matrix.in_features):
+        raise TensorShapeError(
+            f"weight has shape {weight.shape}, its quantized form {(matrix.out_features, matrix.in_features)}"
+        )
 
 
 def _importance(
@@ -306,20 +382,15 @@ class _Best:
         self.s[better], self.z[better], self.error[better] = s[better], z[better], error[better]
 
 
-def _patterns(bits: int) -> Floats:
-    """The bits of every code, [2**bits, bits]."""
-    return (np.arange(2**bits)[:, None] >> np.arange(bits) & 1).astype(np.float64)
-
-
 def _levels_of(codes: NDArray[np.uint8], s: Floats, z: Floats) -> Floats:
     """What each code stands for, z + sum_p s_p b_p, [groups, columns]."""
-    levels = z[:, None] + s @ _patterns(s.shape[1]).T
+    levels = z[:, None] + s @ patterns(s.shape[1]).T
     return np.take_along_axis(levels, codes.astype(np.intp), axis=1)
 
 
 def _select(x: Floats, s: Floats, z: Floats) -> NDArray[np.uint8]:
     """Bit-pattern selection: the code of the nearest level; of two equally near ones, the lower level's."""
-    levels = z[:, None] + s @ _patterns(s.shape[1]).T
+    levels = z[:, None] + s @ patterns(s.shape[1]).T
     order = np.argsort(levels, axis=1, kind="stable").astype(np.uint8)
     levels = np.sort(levels, axis=1)
     rank = np.zeros(x.shape, np.intp)
@@ -338,7 +409,7 @@ def _reconstruct(
     there.
     """
     q = s.shape[1]
-    design = np.concatenate([_patterns(q)[codes], np.ones((*x.shape, 1))], axis=2)
+    design = np.concatenate([patterns(q)[codes], np.ones((*x.shape, 1))], axis=2)
     weighted = (design * a[:, :, None]).transpose(0, 2, 1)
     normal = weighted @ design + PROXIMITY * a.sum(1)[:, None, None] * np.eye(q + 1)
     right = weighted @ (x - _levels_of(codes, s, z))[:, :, None]
@@ -433,7 +504,7 @@ def _adam(best: _Best, s: Floats, z: Floats) -> None:
         s, z = parameters[:, :q] * unit, parameters[:, q] * unit[:, 0]
         codes = _select(best.x, s, z)
         best.offer(s, z, codes)
-        design = np.concatenate([_patterns(q)[codes], np.ones((*best.x.shape, 1))], axis=2)
+        design = np.concatenate([patterns(q)[codes], np.ones((*best.x.shape, 1))], axis=2)
         residual = best.a * (_levels_of(codes, s, z) - best.x) / unit
         gradient = 2 * (residual[:, None, :] @ design)[:, 0] / best.a.sum(1)[:, None]
         first = 0.9 * first + 0.1 * gradient

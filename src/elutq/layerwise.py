@@ -334,7 +334,10 @@ class LayerwiseQuantizer:
         """Quantize a matrix with its metric; without data where there is none."""
         scheme = self._schemes[module]
         if isinstance(metric, SingularHessianError):
-            matrix = hlq.fit(weight.cpu().numpy(), scheme.bits, scheme.group_size, name=module)
+            values = weight.cpu().numpy()
+            matrix = hlq.fit(values, scheme.bits, scheme.group_size, name=module)
+            if scheme.param_bits == 8:
+                matrix = hlq.to_8bit(values, matrix)
             return matrix, Outcome(None, tokens, None, str(metric))
         solution = solve(weight, metric, scheme, name=module)
         return solution.matrix, Outcome(solution.output_error, tokens, metric.damp)

@@ -50,6 +50,7 @@ def model_card(
     )
     if settings.get("target"):
         group = "per weight, each matrix by how much it matters"
+    narrow = " with 8-bit scales" if settings.get("param_bits") == 8 else ""
     known = "" if "license" in metadata else " The original model's license applies."
     commands = [
         *(["elutq chat MODEL", "elutq serve MODEL        # pip install 'elutq[serve]'"] if chat else []),
@@ -58,7 +59,7 @@ def model_card(
     text = [
         f"# {name}, {bits}-bit HLQ",
         "",
-        f"{name} quantized to {bits} bits {group}, method `{settings['method']}`: "
+        f"{name} quantized to {bits} bits {group}{narrow}, method `{settings['method']}`: "
         f"{summary.linear_bits_per_weight:.3f} bits per weight in the decoder blocks, "
         f"{summary.bits_per_weight:.3f} over the whole model of {summary.params:,} weights.{known}",
         "",

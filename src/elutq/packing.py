@@ -5,6 +5,7 @@ column first (`docs/format.md`).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,20 +15,24 @@ from numpy.typing import NDArray
 class HlqMatrix:
     """An HLQ matrix of shape (out_features, in_features): `w = zeros + sum_p scales[p] * bit_p` per group.
 
+    Parameters of 8 bits are integers, and `w` is that sum times the row's scale.
+
     Attributes:
         planes: uint8 [bits, out_features, ceil(in_features / 8)]; bit k % 8 (least significant first) of byte
             k // 8 belongs to column k. Bits past in_features are zero.
-        scales: float16 [out_features, groups, bits].
-        zeros: float16 [out_features, groups].
+        scales: float16 [out_features, groups, bits]; uint8 with row scales.
+        zeros: float16 [out_features, groups]; int8 with row scales.
         in_features: columns of the matrix.
         group_size: columns per group, -1 for a whole row.
+        row_scales: float16 [out_features], or None when scales and zeros are float16.
     """
 
     planes: NDArray[np.uint8]
-    scales: NDArray[np.float16]
-    zeros: NDArray[np.float16]
+    scales: NDArray[np.float16] | NDArray[np.uint8]
+    zeros: NDArray[np.float16] | NDArray[np.int8]
     in_features: int
     group_size: int
+    row_scales: NDArray[np.float16] | None = None
 
     @property
     def bits(self) -> int:
@@ -40,9 +45,20 @@ class HlqMatrix:
         return int(self.planes.shape[1])
 
     @property
+    def param_bits(self) -> int:
+        """Bits of a scale or zero, 16 or 8."""
+        return 16 if self.row_scales is None else 8
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What is stored: planes, scales, zeros and, if there are any, row_scales, by these names."""
+        stored = {"planes": self.planes, "scales": self.scales, "zeros": self.zeros}
+        return stored if self.row_scales is None else {**stored, "row_scales": self.row_scales}
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of planes, scales and zeros together."""
-        return self.planes.nbytes + self.scales.nbytes + self.zeros.nbytes
+        """Bytes of all arrays together."""
+        return sum(array.nbytes for array in self.arrays.values())
 
 
 def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -57,3 +73,8 @@ def unpack_codes(planes: NDArray[np.uint8], in_features: int) -> NDArray[np.uint
     shifts = np.arange(planes.shape[0], dtype=np.uint8)[:, None, None]
     codes: NDArray[np.uint8] = np.bitwise_or.reduce(bits << shifts, axis=0)
     return codes
+
+
+def patterns(bits: int) -> NDArray[np.float64]:
+    """The bits of every code, [2**bits, bits], 0 or 1."""
+    return (np.arange(2**bits)[:, None] >> np.arange(bits) & 1).astype(np.float64)

@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from elutq.checkpoint import (
     check_replaceable,
     model_parts,
     side_files,
+    write_atomically,
 )
 from elutq.data_free import DataFreeJob, Progress
 from elutq.errors import InvalidArgumentError, MissingDependencyError, TokenizerError
@@ -37,7 +38,8 @@ from elutq.model_card import CARD_FILE, model_card
 from elutq.report import ModelSummary, SquaredError, summarize
 from elutq.rotation import RotatedCheckpoint
 from elutq.runtime import load
-from elutq.scheme import FORMAT_VERSION, MAX_BITS, OUTER_SCHEME, ModelScheme, QuantScheme
+from elutq.scheme import MAX_BITS, OUTER_SCHEME, ModelScheme, QuantScheme
+from elutq.smoke import check_generation
 from elutq.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -50,6 +52,11 @@ CALIBRATED_METHODS = ("hlq-gptq", "gptq", "ao-gptq")
 METHODS = (*hlq.METHODS, *CALIBRATED_METHODS)
 
 REPORT_FILE = "quantization_report.json"
+PAGE_FILE = "quantization_report.html"
+FIGURE_FILE = "quantization_report.png"
+
+# Of the smoke test.
+_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 16, 96
 
 #: `embedding_bits` and `lm_head_bits` that leave the matrix as it is.
 KEEP_BITS = 16
@@ -81,6 +88,7 @@ class QuantizationReport:
         nll: both models on windows held out of the calibration (`layerwise.HeldOut`), None without.
         sensitivity: how much each matrix matters, and what it got (`Allocation.record`); None without a
             target.
+        generation: whether it still writes text (`smoke.GenerationCheck`), None without calibration.
         warnings: what is to be known of the result.
     """
 
@@ -98,6 +106,7 @@ class QuantizationReport:
     blocks: list[dict[str, Any]]
     nll: dict[str, Any] | None
     sensitivity: dict[str, Any] | None
+    generation: dict[str, Any] | None
     warnings: list[str]
 
     def to_json(self) -> str:
@@ -113,6 +122,7 @@ def quantize(
     group_size: int | None = None,
     target_bpw: float | None = None,
     target_bytes: int | None = None,
+    param_bits: int = 16,
     method: str = "hlq",
     lm_head_bits: int | None = None,
     embedding_bits: int | None = None,
@@ -144,6 +154,9 @@ def quantize(
             of their matrices gets 2, 3 or 4 bits in groups of 64 or 128, by how much it matters
             (`elutq.sensitivity`), which is measured on calibration text with any method.
         target_bytes: or the size of all weight files, embedding and head included.
+        param_bits: of a scale or zero, in all matrices that are quantized: 16, or 8 under one fp16 factor per
+            row. With 8, `hlq.to_8bit` follows a method without calibration, and a uniform grid does not stay
+            quite uniform; one with calibration rounds as it goes.
         method: one of `METHODS`.
         lm_head_bits: 1 to 4 (in groups of 128), or 16 to leave the head as it is. By default 4 if it has at
             least 2^24 weights, else 16. A tied head is the embedding.
@@ -186,7 +199,9 @@ def quantize(
         raise InvalidArgumentError(f"shard_bytes must be a positive integer, not {shard_bytes!r}")
     announce = announce or (lambda text: None)
     target = _target(bits, group_size, target_bpw, target_bytes)
-    blocks_scheme = QuantScheme(2 if bits is None else bits, 128 if group_size is None else group_size)
+    blocks_scheme = QuantScheme(
+        2 if bits is None else bits, 128 if group_size is None else group_size, param_bits
+    )
     with Checkpoint.open(source) as original:
         if original.scheme is not None:
             raise InvalidArgumentError(f"{source} is quantized already; give the original model")
@@ -261,7 +276,7 @@ def quantize(
                 },
                 versions={
                     "elutq": __version__,
-                    "format": FORMAT_VERSION,
+                    "format": scheme.version,
                     "python": platform.python_version(),
                     "numpy": np.__version__,
                 },
@@ -274,6 +289,7 @@ def quantize(
                 blocks=[] if blocks is None else [asdict(block) for block in blocks.blocks],
                 nll=None if nll is None else asdict(nll),
                 sensitivity=allocation.record if allocation else None,
+                generation=None,
                 warnings=[*(data.warnings if data else ()), *(blocks.warnings() if blocks else ())],
             )
             card = model_card(
@@ -287,6 +303,35 @@ def quantize(
             writer.finish(config, side_files(checkpoint.path), texts)
             if allocation:
                 allocation.forget()
+        if calibrated and data:
+            report = _try_out(report, checkpoint, writer.out, data)
+    return report
+
+
+def _try_out(
+    report: QuantizationReport, source: Checkpoint | RotatedCheckpoint, out: Path, data: Calibration
+) -> QuantizationReport:
+    """Let the new model write, and draw the report, beside the weights that are in place already."""
+    from elutq.report_page import level_histograms, report_figure, report_page
+
+    windows = data.held_out if len(data.held_out) else data.token_ids
+    prompts = [window[: min(_PROMPT_TOKENS, len(window) // 2)].tolist() for window in windows[:_PROMPTS]]
+    with load(out) as model:
+        longest = model.config.max_position_embeddings - max(map(len, prompts))
+        check = check_generation(model, prompts, max_new_tokens=max(1, min(_NEW_TOKENS, longest)))
+    warnings = list(report.warnings)
+    if check.collapsed:
+        warnings.append(f"generated text has collapsed: {check.reason}")
+    report = replace(report, generation=asdict(check), warnings=warnings)
+    with Checkpoint.open(out) as quantized:
+        histograms = level_histograms(source, quantized)
+    drawn = asdict(report)
+    for name, content in (
+        (REPORT_FILE, report.to_json().encode()),
+        (PAGE_FILE, report_page(drawn, histograms).encode()),
+        (FIGURE_FILE, report_figure(drawn, histograms)),
+    ):
+        write_atomically(out / name, content)
     return report
 
 
@@ -317,6 +362,7 @@ def _allocation(
 
 def _require_torch(what: str) -> None:
     try:
+        import matplotlib  # noqa: F401
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
@@ -412,7 +458,7 @@ def plan(
     for name, bits in chosen.items():
         bits = default if bits is None else bits
         if bits != KEEP_BITS:
-            overrides[name] = QuantScheme(bits, OUTER_SCHEME.group_size)
+            overrides[name] = replace(OUTER_SCHEME, bits=bits, param_bits=blocks.param_bits)
     return ModelScheme(blocks, overrides)
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from elutq import _core
 from elutq.architectures import EngineConfig, vectors
-from elutq.checkpoint import Checkpoint, read_generation_config
+from elutq.checkpoint import Checkpoint, hlq_tensors, read_generation_config
 from elutq.errors import InvalidArgumentError, TokenizerError
 from elutq.generation import Generation, GenerationRequest, Piece, common_prefix, token_array
 from elutq.packing import HlqMatrix
@@ -399,6 +399,7 @@ def random_model(
     shape: str | EngineConfig,
     bits: int = 2,
     group_size: int = 128,
+    param_bits: int = 16,
     *,
     threads: int | None = None,
     isa: str | None = None,
@@ -412,6 +413,7 @@ def random_model(
         shape: a name in `elutq.shapes.SHAPES`, or a config.
         bits: bits per weight of the decoder blocks.
         group_size: columns that share scales, -1 for a whole row.
+        param_bits: bits of a scale or zero of every matrix, 16 or 8.
         threads: as in :func:`load`.
         isa: as in :func:`load`.
         exact: as in :func:`load`.
@@ -422,7 +424,7 @@ def random_model(
         InvalidArgumentError: an argument is out of range.
     """
     started = time.perf_counter()
-    scheme = QuantScheme(bits, group_size)
+    scheme = QuantScheme(bits, group_size, param_bits)
     config = shape_config(shape) if isinstance(shape, str) else shape
     engine = _new_engine(config, isa, threads, exact, kv_cache)
     for name, matrix in random_linears(config, scheme, seed):
@@ -488,9 +490,8 @@ def _new_engine(
 
 
 def _set_hlq(engine: _core.Engine, module: str, matrix: HlqMatrix) -> None:
-    scales, zeros = matrix.scales.view(np.uint16), matrix.zeros.view(np.uint16)
     with engine_errors():
-        engine.set_hlq(module, matrix.planes, scales, zeros, matrix.in_features, matrix.group_size)
+        engine.set_hlq(module, matrix)
 
 
 def _set_dense(engine: _core.Engine, module: str, weight: NDArray[Any]) -> None:
@@ -506,4 +507,4 @@ def _set_dense(engine: _core.Engine, module: str, weight: NDArray[Any]) -> None:
 def _hlq_tensors(checkpoint: Checkpoint, module: str | None) -> list[str]:
     if module not in checkpoint.schemes:
         return []
-    return [f"{module}.{part}" for part in ("planes", "scales", "zeros")]
+    return list(hlq_tensors(checkpoint.linears[module], checkpoint.schemes[module]))

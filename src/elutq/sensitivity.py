@@ -206,8 +206,8 @@ def _weight(block: DecoderBlock, module: str) -> NDArray[np.float32]:
 def _divergences(reader: BlockReader, streams: Activations, count: int, device: torch.device) -> list[float]:
     """KL of streams 1 to `count` from stream 0, the mean over tokens; one window at a time.
 
-    As sum_i p_i (x_i + exp(-x_i) - 1), x_i = log(p_i / q_i): as long as p and q sum to one the same, but no term
-    is negative, and rounding counts only beside x.
+    As sum_i p_i (x_i + exp(-x_i) - 1), x_i = log(p_i / q_i): the same as long as p and q sum to one, but no
+    term is negative, and rounding counts only beside x.
     """
     head = reader.head()
     totals, tokens = np.zeros(count), 0

@@ -1,6 +1,7 @@
 """Configs of well-known models and random weights to go with them, for measuring speed."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -96,11 +97,12 @@ def random_linears(config: EngineConfig, scheme: QuantScheme, seed: int) -> Iter
 
     Args:
         config: the model.
-        scheme: of the decoder blocks; embedding and head have `OUTER_SCHEME`.
+        scheme: of the decoder blocks; embedding and head have `OUTER_SCHEME`, with parameters as wide.
         seed: of the random bits.
     """
     random = np.random.Generator(np.random.SFC64(seed))
-    for linears, linear_scheme in ((outer_linears(config), OUTER_SCHEME), (block_linears(config), scheme)):
+    outer_scheme = replace(OUTER_SCHEME, param_bits=scheme.param_bits)
+    for linears, linear_scheme in ((outer_linears(config), outer_scheme), (block_linears(config), scheme)):
         for name, out_features, in_features in linears:
             yield name, _random_matrix(random, out_features, in_features, linear_scheme)
 
@@ -123,12 +125,15 @@ def _random_matrix(
     if in_features % 8:
         planes[..., -1] &= (1 << in_features % 8) - 1
     step = (12 / (in_features * (4**scheme.bits - 1))) ** 0.5
-    scales = step * 2.0 ** np.arange(scheme.bits)
-    groups = scheme.groups(in_features)
+    in_bytes = scheme.param_bits == 8
+    unit = step / 16 if in_bytes else 1.0  # the largest zero, of 4 bits, is then -120
+    scales = step / unit * 2.0 ** np.arange(scheme.bits)
+    zeros = np.full((out_features, scheme.groups(in_features)), -scales.sum() / 2)
     return HlqMatrix(
         planes=planes,
-        scales=np.tile(scales.astype(np.float16), (out_features, groups, 1)),
-        zeros=np.full((out_features, groups), -scales.sum() / 2, np.float16),
+        scales=np.tile(scales.astype(np.uint8 if in_bytes else np.float16), (*zeros.shape, 1)),
+        zeros=zeros.astype(np.int8) if in_bytes else zeros.astype(np.float16),
         in_features=in_features,
         group_size=scheme.group_size,
+        row_scales=np.full(out_features, unit, np.float16) if in_bytes else None,
     )

@@ -1,7 +1,7 @@
 #!/bin/sh
 # check_instructions.sh KERNEL_CALLS EXPECTED: counts the instructions of the hot kernels with valgrind and compares them
-# with the figures of the file EXPECTED, lines of "isa bits tokens instructions". A figure is instructions per thousand
-# weights and token. Fails when one is more than 5% off, in either direction: who saves some writes the new figure down.
+# with the figures of the file EXPECTED, lines of "isa bits param_bits tokens instructions". A figure is instructions per
+# thousand weights and token. Fails when one is more than 5% off, in either direction: who saves some writes the new figure down.
 set -eu
 program=$1
 expected=$2
@@ -12,10 +12,10 @@ count() {
 }
 
 status=0
-while read -r isa bits tokens figure; do
-  few=$(count "$isa" "$bits" "$tokens" 1)
-  many=$(count "$isa" "$bits" "$tokens" 5)
-  awk -v name="$isa, $bits bits, $tokens tokens" -v total="$((many - few))" -v tokens="$tokens" -v figure="$figure" '
+while read -r isa bits param_bits tokens figure; do
+  few=$(count "$isa" "$bits" "$param_bits" "$tokens" 1)
+  many=$(count "$isa" "$bits" "$param_bits" "$tokens" 5)
+  awk -v name="$isa, $bits bits, parameters of $param_bits, $tokens tokens" -v total="$((many - few))" -v tokens="$tokens" -v figure="$figure" '
     BEGIN {
       measured = 1000 * total / (4 * 256 * 1024 * tokens)
       good = measured > 0.95 * figure && measured < 1.05 * figure

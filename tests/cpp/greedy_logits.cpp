@@ -91,10 +91,12 @@ void read_weights(Dump& dump, Weights& weights) {
     } else {
       shape.bits = static_cast<int>(dump.integer());
       shape.group_size = dump.integer();
+      shape.param_bits = static_cast<int>(dump.integer());
       const auto planes = dump.array<uint8_t>();
-      const auto scales = dump.array<uint16_t>();
-      const auto zeros = dump.array<uint16_t>();
-      weights.set_hlq(name, {shape, planes.data(), scales.data(), zeros.data()});
+      const auto scales = dump.array<uint8_t>();  // bytes, whatever the parameters are
+      const auto zeros = dump.array<uint8_t>();
+      const auto row_scales = dump.array<uint16_t>();
+      weights.set_hlq(name, {shape, planes.data(), scales.data(), zeros.data(), row_scales.data()});
     }
   }
 }

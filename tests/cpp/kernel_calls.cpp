@@ -1,5 +1,5 @@
-/// kernel_calls ISA BITS TOKENS CALLS: multiplies a matrix of 256 x 1024, groups of 128, CALLS times. A program whose
-/// instructions are counted: what it does besides is the same for any CALLS.
+/// kernel_calls ISA BITS PARAM_BITS TOKENS CALLS: multiplies a matrix of 256 x 1024, groups of 128, CALLS times. A
+/// program whose instructions are counted: what it does besides is the same for any CALLS.
 
 #include <cstdio>
 #include <cstdlib>
@@ -11,14 +11,19 @@ using namespace elutq;
 using namespace elutq::testing;
 
 int main(int argc, char** argv) {
-  const KernelTable* kernels = argc == 5 ? find_kernels(argv[1]) : nullptr;
+  const KernelTable* kernels = argc == 6 ? find_kernels(argv[1]) : nullptr;
   if (kernels == nullptr) {
-    std::fprintf(stderr, "usage: kernel_calls ISA BITS TOKENS CALLS, with an ISA that this machine can run\n");
+    std::fprintf(stderr,
+                 "usage: kernel_calls ISA BITS PARAM_BITS TOKENS CALLS, with an ISA that this machine can run\n");
     return 2;
   }
-  const HlqShape shape = {.out_features = 256, .in_features = 1024, .bits = std::atoi(argv[2]), .group_size = 128};
-  const int64_t tokens = std::atoi(argv[3]);
-  const int calls = std::atoi(argv[4]);
+  const HlqShape shape = {.out_features = 256,
+                          .in_features = 1024,
+                          .bits = std::atoi(argv[2]),
+                          .group_size = 128,
+                          .param_bits = std::atoi(argv[3])};
+  const int64_t tokens = std::atoi(argv[4]);
+  const int calls = std::atoi(argv[5]);
 
   const HlqCase matrix(shape, 1);
   AlignedBuffer<uint8_t> packed(static_cast<size_t>(kernels->packed_bytes(shape)));

@@ -33,16 +33,29 @@ struct HlqCase {
   std::vector<uint8_t> planes;
   std::vector<uint16_t> scales;
   std::vector<uint16_t> zeros;
+  std::vector<uint8_t> byte_scales;  ///< these three instead when parameters have 8 bits
+  std::vector<int8_t> byte_zeros;
+  std::vector<uint16_t> row_scales;
 
   HlqCase(const HlqShape& of, uint32_t seed) : shape(of) {
     std::mt19937 generator(seed);
     planes.resize(static_cast<size_t>(shape.bits * shape.out_features * ((shape.in_features + 7) / 8)));
     for (uint8_t& byte : planes) byte = static_cast<uint8_t>(generator());
-    scales = random_halves(shape.out_features * shape.groups() * shape.bits, seed + 1, 0.02f);
-    zeros = random_halves(shape.out_features * shape.groups(), seed + 2, 0.02f);
+    const int64_t groups = shape.out_features * shape.groups();
+    if (shape.param_bits == 16) {
+      scales = random_halves(groups * shape.bits, seed + 1, 0.02f);
+      zeros = random_halves(groups, seed + 2, 0.02f);
+      return;
+    }
+    for (int64_t i = 0; i < groups * shape.bits; ++i) byte_scales.push_back(static_cast<uint8_t>(generator()));
+    for (int64_t i = 0; i < groups; ++i) byte_zeros.push_back(static_cast<int8_t>(generator()));
+    row_scales = random_halves(shape.out_features, seed + 3, 0.0001f);
   }
 
-  HlqView view() const { return {shape, planes.data(), scales.data(), zeros.data()}; }
+  HlqView view() const {
+    if (shape.param_bits == 16) return {shape, planes.data(), scales.data(), zeros.data()};
+    return {shape, planes.data(), byte_scales.data(), byte_zeros.data(), row_scales.data()};
+  }
 };
 
 /// Lookup tables with the memory their view points to.

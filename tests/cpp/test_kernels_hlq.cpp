@@ -19,8 +19,12 @@ namespace {
 
 constexpr int64_t kWholeRow = -1;
 
-HlqShape make_shape(int64_t out, int64_t in, int bits, int64_t group) {
-  return {.out_features = out, .in_features = in, .bits = bits, .group_size = group == kWholeRow ? in : group};
+HlqShape make_shape(int64_t out, int64_t in, int bits, int64_t group, int param_bits = 16) {
+  return {.out_features = out,
+          .in_features = in,
+          .bits = bits,
+          .group_size = group == kWholeRow ? in : group,
+          .param_bits = param_bits};
 }
 
 std::vector<HlqShape> shapes() {
@@ -35,7 +39,7 @@ std::vector<HlqShape> shapes() {
                                     {65, 320},
                                     {129, 1003},
                                     {7, 4100}}) {
-        all.push_back(make_shape(out, in, bits, group));
+        for (const int param_bits : {16, 8}) all.push_back(make_shape(out, in, bits, group, param_bits));
       }
     }
   }
@@ -44,7 +48,8 @@ std::vector<HlqShape> shapes() {
 
 std::string name_of(const HlqShape& shape) {
   return std::to_string(shape.out_features) + "x" + std::to_string(shape.in_features) + " bits " +
-         std::to_string(shape.bits) + " group " + std::to_string(shape.group_size);
+         std::to_string(shape.bits) + " group " + std::to_string(shape.group_size) + " parameters of " +
+         std::to_string(shape.param_bits);
 }
 
 std::vector<const KernelTable*> all_kernels() {
@@ -165,7 +170,10 @@ TEST_CASE("matmul gives the oracle's bits for any tokens and any split of the ro
 }
 
 TEST_CASE("column runs and row chunks of many tokens change no bit") {
-  const HlqShape shape = make_shape(700, 5000, 2, 128);
+  int param_bits = 16;
+  SUBCASE("fp16 parameters") {}
+  SUBCASE("8-bit parameters") { param_bits = 8; }
+  const HlqShape shape = make_shape(700, 5000, 2, 128, param_bits);
   constexpr int64_t kTokens = 11;
   const HlqCase matrix(shape, 13);
   const auto x = random_floats(kTokens * shape.in_features, 14);
@@ -188,6 +196,15 @@ TEST_CASE("column runs and row chunks of many tokens change no bit") {
                       shape.out_features);
     }
     CHECK(same_bits(together.data(), alone.data(), kTokens * shape.out_features));
+  }
+}
+
+TEST_CASE("parameters of 8 bits take half the room, and four bytes per row") {
+  for (const KernelTable* kernels : all_kernels()) {
+    CAPTURE(kernels->isa);
+    const int64_t halves = kernels->packed_bytes(make_shape(256, 1024, 2, 128));
+    const int64_t bytes = kernels->packed_bytes(make_shape(256, 1024, 2, 128, 8));
+    CHECK(halves - bytes == 256 * (8 * 3 - 4));
   }
 }
 
@@ -249,7 +266,10 @@ TEST_CASE("matmul_exact is near the double product and independent of batch and 
 }
 
 TEST_CASE("activations that are not finite give outputs that are not finite, never a crash") {
-  const HlqShape shape = make_shape(40, 100, 3, 32);
+  int param_bits = 16;
+  SUBCASE("fp16 parameters") {}
+  SUBCASE("8-bit parameters") { param_bits = 8; }
+  const HlqShape shape = make_shape(40, 100, 3, 32, param_bits);
   const HlqCase matrix(shape, 19);
   for (const KernelTable* kernels : all_kernels()) {
     const auto packed = packed_by(*kernels, matrix);

@@ -27,12 +27,14 @@ struct HlqData : testing::HlqCase {
 
   float weight(int64_t row, int64_t column) const {
     const int64_t group = row * shape.groups() + column / shape.group_size;
-    float w = half_to_float(zeros[group]);
+    const bool in_bytes = shape.param_bits == 8;
+    float w = in_bytes ? byte_zeros[group] : half_to_float(zeros[group]);
     for (int p = 0; p < shape.bits; ++p) {
       const uint8_t byte = planes[(p * shape.out_features + row) * ((shape.in_features + 7) / 8) + column / 8];
-      if ((byte >> (column % 8) & 1) != 0) w += half_to_float(scales[group * shape.bits + p]);
+      const int64_t index = group * shape.bits + p;
+      if ((byte >> (column % 8) & 1) != 0) w += in_bytes ? byte_scales[index] : half_to_float(scales[index]);
     }
-    return w;
+    return in_bytes ? half_to_float(row_scales[row]) * w : w;
   }
 };
 
@@ -48,7 +50,7 @@ TEST_CASE("a group of linears gives each one's product, bias and residual, for a
   constexpr int64_t kTokens = 3;
   constexpr int64_t kIn = 200;
   const HlqData first({70, kIn, 2, 64}, 1);
-  const HlqData second({33, kIn, 4, kIn}, 2);
+  const HlqData second({33, kIn, 4, kIn, 8}, 2);
   const std::vector<float> dense = normals(45 * kIn, 3);
   const std::vector<float> bias = normals(70, 4);
   const std::vector<float> values = normals(kTokens * kIn, 5);
@@ -186,6 +188,16 @@ TEST_CASE("rows are read back from every kind of matrix") {
   CHECK(linear.packed_bytes() == 0);
 }
 
+TEST_CASE("a row's bytes are those on disk") {
+  ThreadPool pool(1);
+  const Backend backend{&select_kernels(""), &pool, false};
+  Linear linear(10, 100);
+  linear.set_hlq(backend, HlqData({10, 100, 3, 32}, 1).view());
+  CHECK(linear.row_bytes() == 3 * 13 + 2 * 4 * 4);
+  linear.set_hlq(backend, HlqData({10, 100, 3, 32, 8}, 1).view());
+  CHECK(linear.row_bytes() == 3 * 13 + 4 * 4 + 2);
+}
+
 TEST_CASE("matrices that do not fit are refused") {
   ThreadPool pool(1);
   const Backend backend{&select_kernels(""), &pool, false};
@@ -193,6 +205,7 @@ TEST_CASE("matrices that do not fit are refused") {
   CHECK_THROWS_AS(linear.set_hlq(backend, HlqData({10, 96, 2, 32}, 1).view()), std::invalid_argument);
   CHECK_THROWS_AS(linear.set_hlq(backend, HlqData({10, 100, 2, 48}, 1).view()), std::invalid_argument);
   CHECK_THROWS_AS(linear.set_hlq(backend, HlqData({10, 100, 5, 32}, 1).view()), std::invalid_argument);
+  CHECK_THROWS_AS(linear.set_hlq(backend, HlqData({10, 100, 2, 32, 4}, 1).view()), std::invalid_argument);
   CHECK_THROWS_AS(Linear(0, 5), std::invalid_argument);
   Activations x(1, 99);
   CHECK_THROWS_AS(x.reserve_tables(linear), std::invalid_argument);

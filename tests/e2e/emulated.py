@@ -3,8 +3,8 @@
     python tests/e2e/emulated.py qemu-aarch64-static -L /usr/aarch64-linux-gnu BUILD/tests/cpp/greedy_logits
 
 The arguments are a command that runs `greedy_logits` (tests/cpp) of the other build. The bundled model,
-quantized to 2 bits, is given to it in a plain dump: no more than numbers and arrays in the order the program
-reads them.
+quantized to 2 bits with parameters of either width, is given to it in a plain dump: no more than numbers and
+arrays in the order the program reads them.
 """
 
 import subprocess
@@ -22,6 +22,7 @@ from elutq.checkpoint import Checkpoint
 from elutq.models import bundled_model
 from elutq.quantize import quantize
 from elutq.runtime import KvCacheType, LanguageModel
+from elutq.scheme import PARAM_BITS
 
 ISAS = ("neon", "scalar")
 PROMPT = "Once upon a time, in a small house near the forest, there lived a little girl who"
@@ -31,13 +32,15 @@ NEW_TOKENS = 48
 def main() -> None:
     """Quantize, run both, compare."""
     with tempfile.TemporaryDirectory() as work:
-        folder, dump = Path(work) / "model", Path(work) / "dump"
-        quantize(bundled_model(), folder, bits=2)
-        with Checkpoint.open(folder) as checkpoint, dump.open("wb") as file:
-            write_dump(checkpoint, file)
-        for kv_cache in get_args(KvCacheType):
-            with load(folder, kv_cache=kv_cache) as model:
-                compare(model, kv_cache, dump)
+        for param_bits in PARAM_BITS:
+            folder, dump = Path(work) / f"model-{param_bits}", Path(work) / "dump"
+            print(f"parameters of {param_bits} bits")
+            quantize(bundled_model(), folder, bits=2, param_bits=param_bits)
+            with Checkpoint.open(folder) as checkpoint, dump.open("wb") as file:
+                write_dump(checkpoint, file)
+            for kv_cache in get_args(KvCacheType):
+                with load(folder, kv_cache=kv_cache) as model:
+                    compare(model, kv_cache, dump)
 
 
 def compare(model: LanguageModel, kv_cache: str, dump: Path) -> None:
@@ -90,9 +93,10 @@ def write_dump(checkpoint: Checkpoint, file: BinaryIO) -> None:
             continue
         matrix = checkpoint.read_hlq(name)
         text("hlq")
-        integers(linear.out_features, linear.in_features, matrix.bits, matrix.group_size)
+        integers(linear.out_features, linear.in_features, matrix.bits, matrix.group_size, matrix.param_bits)
         for values in (matrix.planes, matrix.scales, matrix.zeros):
-            array(values)
+            array(np.ascontiguousarray(values).view(np.uint8))
+        array(np.zeros(0, np.float16) if matrix.row_scales is None else matrix.row_scales)
     for name, _ in vectors(c):
         text(name)
         text("vector")

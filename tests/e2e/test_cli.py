@@ -50,11 +50,30 @@ def test_evaluate_against_the_original(quantized: Path, tmp_path: Path) -> None:
         f"{PROMPT} there was a little dog. The dog liked to run in the park with his friend. " * 20
     )
     result = run("eval", quantized, "--text", text, "--ctx", 64, "--reference", MODEL, "--json")
-    found = json.loads(result.stdout.splitlines()[-1])
-    assert found["bits_per_weight"] == pytest.approx(2.375)
+    (model,) = json.loads(result.stdout.splitlines()[-1])["models"]
+    (found,) = model["texts"]
+    assert model["bits_per_weight"] == pytest.approx(2.375)
     assert 0 < found["kl"] < 1
     assert 0.3 < found["top1_agreement"] < 1
     assert found["tokens"] % 63 == 0
+
+
+def test_8_bit_parameters_from_quantizing_to_generating(quantized: Path, tmp_path: Path) -> None:
+    out, text = tmp_path / "out", tmp_path / "text.txt"
+    assert run("quantize", MODEL, "-o", out, "--bits", 2, "--param-bits", 8, "--threads", 2).returncode == 0
+    assert "2-bit HLQ in groups of 128, format version 2" in run("inspect", out).stdout
+    text.write_text(f"{PROMPT} there was a little dog. The dog liked to run in the park. " * 20)
+    found = {
+        model: json.loads(
+            run("eval", model, "--text", text, "--ctx", 64, "--reference", MODEL, "--json").stdout
+        )
+        for model in (quantized, out)
+    }
+    assert found[out]["bits_per_weight"] < 2.25
+    assert found[out]["kl"] < found[quantized]["kl"] + 0.005
+    assert len(run("generate", out, "-p", PROMPT, "-n", 24).stdout) > 24
+    folder = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert folder < sum(path.stat().st_size for path in quantized.glob("*.safetensors"))
 
 
 def test_help_is_light() -> None:

@@ -40,6 +40,16 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def untied(make_folder: Callable[..., Path], tmp_path: Path) -> Path:
     """A random model with biases and odd shapes; embedding and head have bits of their own."""
+    return quantize_untied(make_folder, tmp_path, param_bits=16)
+
+
+@pytest.fixture
+def untied_8bit(make_folder: Callable[..., Path], tmp_path: Path) -> Path:
+    """The same with 8-bit scales and zeros."""
+    return quantize_untied(make_folder, tmp_path, param_bits=8)
+
+
+def quantize_untied(make_folder: Callable[..., Path], folder: Path, param_bits: int) -> Path:
     shapes = {
         "model_type": "qwen2",
         "tie_word_embeddings": False,
@@ -48,9 +58,10 @@ def untied(make_folder: Callable[..., Path], tmp_path: Path) -> Path:
         "vocab_size": 310,
         "num_hidden_layers": 2,
     }
-    source = make_folder(tmp_path / "source", **shapes)
-    quantize(source, tmp_path / "out", bits=3, group_size=32, embedding_bits=2, lm_head_bits=4)
-    return tmp_path / "out"
+    source = make_folder(folder / "source", **shapes)
+    bits = {"bits": 3, "group_size": 32, "embedding_bits": 2, "lm_head_bits": 4}
+    quantize(source, folder / "out", param_bits=param_bits, **bits)
+    return folder / "out"
 
 
 @pytest.fixture
@@ -82,7 +93,7 @@ def logits(model: Any, ids: list[int] = IDS) -> np.ndarray:
         return model(torch.tensor([ids], device=model.device)).logits[0].float().cpu().numpy()
 
 
-@pytest.mark.parametrize("which", ["tied", "untied", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("which", ["tied", "untied", "untied_8bit", "qwen3_moe", "mixtral"])
 def test_logits_are_near_the_engines(
     which: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,9 +113,11 @@ def test_greedy_text_is_the_engines(tied: Path) -> None:
         assert text == "Once upon a time" + engine.generate("Once upon a time", max_new_tokens=30)
 
 
-def test_a_linear_is_dequantized_by_the_format(untied: Path) -> None:
-    model = from_pretrained(untied)
-    with Checkpoint.open(untied) as checkpoint:
+@pytest.mark.parametrize("which", ["untied", "untied_8bit"])
+def test_a_linear_is_dequantized_by_the_format(which: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(which)
+    model = from_pretrained(folder)
+    with Checkpoint.open(folder) as checkpoint:
         for name in ("model.layers.1.mlp.down_proj", "model.embed_tokens", "lm_head"):
             module = model.get_submodule(name)
             assert isinstance(module, hf.HlqMatrixModule)
@@ -114,7 +127,7 @@ def test_a_linear_is_dequantized_by_the_format(untied: Path) -> None:
         assert np.array_equal(model.model.layers[0].self_attn.q_proj.bias.numpy(), bias)
 
 
-@pytest.mark.parametrize("which", ["tied", "untied"])
+@pytest.mark.parametrize("which", ["tied", "untied", "untied_8bit"])
 def test_dequantizing_agrees_with_the_kernels(which: str, request: pytest.FixtureRequest) -> None:
     model = from_pretrained(request.getfixturevalue(which))
     fast = logits(model)
@@ -124,7 +137,7 @@ def test_dequantizing_agrees_with_the_kernels(which: str, request: pytest.Fixtur
     assert np.abs(fast - slow.detach().numpy()).max() < 0.5 * fast.std()
 
 
-@pytest.mark.parametrize("which", ["tied", "untied", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("which", ["tied", "untied", "untied_8bit", "qwen3_moe", "mixtral"])
 def test_saved_again_it_is_the_same_folder(
     which: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -139,13 +152,18 @@ def test_saved_again_it_is_the_same_folder(
         assert np.array_equal(before.logits(IDS), after.logits(IDS))
 
 
-def test_casts_copies_and_pickles_keep_the_parameters(untied: Path) -> None:
-    model = from_pretrained(untied)
+@pytest.mark.parametrize("which", ["untied", "untied_8bit"])
+def test_casts_copies_and_pickles_keep_the_parameters(which: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(which)
+    model = from_pretrained(folder)
     expected = logits(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to(torch.float64)):
-        assert other.model.layers[0].mlp.up_proj.scales.dtype == torch.float16
+        before, after = model.model.layers[0].mlp.up_proj, other.model.layers[0].mlp.up_proj
+        for name in ("scales", "zeros", "row_scales"):
+            kept, moved = getattr(before, name), getattr(after, name)
+            assert kept is moved is None or kept.dtype == moved.dtype != torch.float64
         assert np.allclose(logits(other), expected, atol=0.2 * expected.std())
-    half = from_pretrained(untied, dtype=torch.bfloat16)
+    half = from_pretrained(folder, dtype=torch.bfloat16)
     assert half.model.embed_tokens(torch.tensor([1])).dtype == torch.bfloat16
     assert np.abs(logits(half) - expected).max() < expected.std()
 
@@ -159,8 +177,10 @@ def test_experts_are_quantized_all_or_none(qwen3_moe: Path) -> None:
         from_pretrained(qwen3_moe)
 
 
-def test_new_weights_replace_the_packed_ones(untied: Path) -> None:
-    linear = from_pretrained(untied).lm_head
+@pytest.mark.parametrize("which", ["untied", "untied_8bit"])
+def test_new_weights_replace_the_packed_ones(which: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(which)
+    linear = from_pretrained(folder).lm_head
     x = torch.ones(1, 72)
     with torch.no_grad():
         assert linear(x).abs().max() > 0

@@ -256,13 +256,12 @@ def quantized(reference: Any, folder: Path, schemes: dict[str, QuantScheme]) -> 
         for key, value in stored_tensors(reference).items():
             module = key.removesuffix(".weight")
             if module in schemes:
-                matrix = hlq.fit(
-                    value.numpy(), schemes[module].bits, schemes[module].group_size, method="rtn"
-                )
+                chosen = schemes[module]
+                matrix = hlq.fit(value.numpy(), chosen.bits, chosen.group_size, method="rtn")
+                if chosen.param_bits == 8:
+                    matrix = hlq.to_8bit(value.numpy(), matrix)
                 value.copy_(torch.from_numpy(hlq.dequantize(matrix)))
-                tensors |= {
-                    f"{module}.{part}": getattr(matrix, part) for part in ("planes", "scales", "zeros")
-                }
+                tensors |= {f"{module}.{part}": array for part, array in matrix.arrays.items()}
             elif not (key == f"{HEAD}.weight" and reference.config.tie_word_embeddings):
                 tensors[key] = value.contiguous().numpy()
     folder.mkdir(exist_ok=True)
@@ -274,17 +273,17 @@ def quantized(reference: Any, folder: Path, schemes: dict[str, QuantScheme]) -> 
 
 
 def every_scheme(name: str, seed: int) -> dict[str, QuantScheme]:
-    """All bit widths and group sizes mixed, some linears left dense; embedding and head at 4 bits."""
+    """All bit widths, group sizes and parameters mixed, some linears dense; embedding and head at 4 bits."""
     config = engine_config({**SMALL, **MODELS[name]})
     rng = np.random.default_rng(seed)
     schemes = {}
     for linear in block_linears(config):
         if rng.random() > 0.1:
             schemes[linear.name] = QuantScheme(
-                int(rng.integers(1, 5)), int(rng.choice([32, 64, 128, 256, -1]))
+                int(rng.integers(1, 5)), int(rng.choice([32, 64, 128, 256, -1])), int(rng.choice([16, 8]))
             )
     for linear in outer_linears(config):
-        schemes[linear.name] = QuantScheme(4, 128)
+        schemes[linear.name] = QuantScheme(4, 128, int(rng.choice([16, 8])))
     return schemes
 
 
@@ -300,10 +299,13 @@ def test_exact_hlq_models_match_the_dequantized_model(name: str, isa: str, tmp_p
         assert np.array_equal(model.logits(ids, chunk=1), ours)
 
 
+@pytest.mark.parametrize("param_bits", [16, 8])
 @pytest.mark.parametrize("name", ["llama-odd-shapes", "qwen3"])
-def test_int8_tables_are_the_same_on_every_isa_and_near_exact(name: str, tmp_path: Path) -> None:
+def test_int8_tables_are_the_same_on_every_isa_and_near_exact(
+    name: str, param_bits: int, tmp_path: Path
+) -> None:
     reference = random_transformer(name)
-    schemes = {key: QuantScheme(4, 64) for key in every_scheme(name, seed=2)}
+    schemes = {key: QuantScheme(4, 64, param_bits) for key in every_scheme(name, seed=2)}
     folder = quantized(reference, tmp_path / "hlq", schemes)
     ids = np.random.default_rng(0).integers(0, 259, 60)
     results = {}
@@ -380,9 +382,7 @@ def test_int8_tables_of_one_linear_are_within_two_percent(bits: int, group_size:
     for exact in (True, False):
         engine = _core.Engine(config, isa, 1, exact, "fp16")
         engine.set_float32(EMBEDDING, embedding)
-        engine.set_hlq(
-            HEAD, head.planes, head.scales.view(np.uint16), head.zeros.view(np.uint16), 608, group_size
-        )
+        engine.set_hlq(HEAD, head)
         for linear in block_linears(config):
             engine.set_float32(linear.name, np.zeros((linear.out_features, linear.in_features), np.float32))
         for name in ("input_layernorm", "post_attention_layernorm"):

@@ -23,10 +23,10 @@ Q, O_PROJ, UP, DOWN = (
 
 
 class Folder:
-    """A copy of the golden folder, to be damaged."""
+    """A copy of a golden folder, to be damaged."""
 
-    def __init__(self, path: Path, golden: ModuleType) -> None:
-        self.path = shutil.copytree(golden.FOLDER, path)
+    def __init__(self, source: Path, path: Path, golden: ModuleType) -> None:
+        self.path = shutil.copytree(source, path)
         self.golden = golden
 
     @property
@@ -49,7 +49,7 @@ class Folder:
     def edit_values(self, name: str, index: Any, value: Any) -> None:
         def edit(tensors: dict[str, Any]) -> None:
             dtype, shape, data = tensors[name]
-            array = np.frombuffer(data, {"F16": "<f2", "U8": "u1"}[dtype]).reshape(shape).copy()
+            array = np.frombuffer(data, {"F16": "<f2", "U8": "u1", "I8": "i1"}[dtype]).reshape(shape).copy()
             array[index] = value
             tensors[name] = (dtype, shape, array.tobytes())
 
@@ -70,7 +70,8 @@ class Folder:
         tensors = self.golden.decode(self.weights.read_bytes())
         self.weights.unlink()
         names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-        place = {name: names[name.endswith((".planes", ".scales", ".zeros"))] for name in tensors}
+        stored = (".planes", ".scales", ".zeros", ".row_scales")
+        place = {name: names[name.endswith(stored)] for name in tensors}
         for shard in names:
             content = {name: tensors[name] for name in tensors if place[name] == shard}
             (self.path / shard).write_bytes(self.golden.encode(content))
@@ -94,7 +95,12 @@ class Folder:
 
 @pytest.fixture
 def folder(tmp_path: Path, golden: ModuleType) -> Folder:
-    return Folder(tmp_path / "model", golden)
+    return Folder(golden.FOLDER, tmp_path / "model", golden)
+
+
+@pytest.fixture
+def folder_v2(tmp_path: Path, golden: ModuleType) -> Folder:
+    return Folder(golden.FOLDER_V2, tmp_path / "model", golden)
 
 
 def test_every_rule_has_a_test() -> None:
@@ -103,14 +109,16 @@ def test_every_rule_has_a_test() -> None:
     assert {rule.upper() for rule in tested} == stated
 
 
-def test_golden_folder_is_what_its_writer_writes(
+def test_golden_folders_are_what_their_writer_writes(
     tmp_path: Path, golden: ModuleType, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(golden, "FOLDER", tmp_path / "again")
-    committed = ROOT / "tests/golden/hlq-v1"
+    monkeypatch.setattr(golden, "FOLDER", tmp_path / "hlq-v1")
+    monkeypatch.setattr(golden, "FOLDER_V2", tmp_path / "hlq-v2")
     golden.main()
-    for name in ("config.json", "model.safetensors"):
-        assert (tmp_path / "again" / name).read_bytes() == (committed / name).read_bytes()
+    for version in ("hlq-v1", "hlq-v2"):
+        for name in ("config.json", "model.safetensors"):
+            committed = ROOT / "tests/golden" / version / name
+            assert (tmp_path / version / name).read_bytes() == committed.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -313,7 +321,7 @@ def test_f13_quant_method_is_hlq(folder: Folder, method: Any) -> None:
     folder.rejects(errors.UnsupportedVersionError, "quant_method")
 
 
-@pytest.mark.parametrize("version", [0, 2, -1])
+@pytest.mark.parametrize("version", [0, 3, -1])
 def test_f14_unknown_versions_are_rejected(folder: Folder, version: int) -> None:
     folder.edit_scheme(lambda scheme: scheme.update(version=version))
     folder.rejects(errors.UnsupportedVersionError, "version")
@@ -436,7 +444,9 @@ def test_f20_dtypes_are_exact(folder: Folder, part: str, dtype: str) -> None:
     folder.rejects(errors.TensorDtypeError, f"{Q}.{part}")
 
 
-def test_f21_golden_codes(folder: Folder) -> None:
+@pytest.mark.parametrize("version", ["folder", "folder_v2"])
+def test_f21_golden_codes(version: str, request: pytest.FixtureRequest) -> None:
+    folder: Folder = request.getfixturevalue(version)
     tensors = folder.read_all()
     for module, (name, rows, columns, bits, _) in enumerate(folder.golden.QUANTIZED):
         planes = tensors[f"{name}.planes"]
@@ -520,6 +530,119 @@ def test_f28_sums_are_rounded_to_float32_in_plane_order(folder: Folder) -> None:
     folder.edit_values(f"{Q}.zeros", (0, 0), 0.0)
     folder.edit_values(f"{Q}.planes", (slice(None), 0, 0), 1)
     assert folder.read_all()[Q][0, 0] == 0.0
+
+
+@pytest.mark.parametrize("value", [4, 0, -8, 8.0, "8", True, None, [8]])
+def test_f31_param_bits_are_16_or_8(folder_v2: Folder, value: Any) -> None:
+    folder_v2.edit_scheme(lambda scheme: scheme.update(param_bits=value))
+    folder_v2.rejects(errors.ConfigError, "param_bits")
+    folder_v2.edit_scheme(lambda scheme: scheme.update(param_bits=8))
+    folder_v2.edit_scheme(lambda scheme: scheme["modules"][UP].update(param_bits=value))
+    folder_v2.rejects(errors.ConfigError, "param_bits")
+
+
+def test_f31_param_bits_that_are_not_stated_are_16(folder_v2: Folder) -> None:
+    """In a module's own entry, too, whatever the other modules have."""
+    folder_v2.edit_scheme(lambda scheme: scheme["modules"][UP].update(param_bits=16))
+    with Checkpoint.open(folder_v2.path) as checkpoint:
+        found = {module: scheme.param_bits for module, scheme in checkpoint.schemes.items()}
+    assert found.pop(UP) == 16
+    assert set(found.values()) == {8}
+    folder_v2.edit_scheme(lambda scheme: scheme["modules"][Q].pop("param_bits"))
+    folder_v2.rejects(errors.UnexpectedTensorError, f"{Q}.row_scales")
+
+
+def test_f31_version_1_has_no_8_bit_parameters(folder_v2: Folder) -> None:
+    folder_v2.edit_scheme(lambda scheme: scheme.update(version=1))
+    folder_v2.rejects(errors.ConfigError, "version must be 2")
+    folder_v2.edit_scheme(lambda scheme: scheme.pop("param_bits"))  # only a module's own is left
+    folder_v2.rejects(errors.ConfigError, "version must be 2")
+
+
+def test_f31_either_version_may_have_16_bit_parameters(folder: Folder) -> None:
+    before = folder.read_all()
+    folder.edit_scheme(lambda scheme: scheme.update(param_bits=16))
+    folder.read_all()
+    folder.edit_scheme(lambda scheme: scheme.update(version=2))
+    assert all(before[name].tobytes() == values.tobytes() for name, values in folder.read_all().items())
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype"), [("scales", "I8"), ("zeros", "U8"), ("row_scales", "BF16"), ("row_scales", "I16")]
+)
+def test_f32_dtypes_are_exact(folder_v2: Folder, part: str, dtype: str) -> None:
+    folder_v2.edit_header(lambda header: header[f"{Q}.{part}"].update(dtype=dtype))
+    folder_v2.rejects(errors.TensorDtypeError, f"{Q}.{part}")
+
+
+def test_f32_fp16_and_bytes_are_not_confused(folder_v2: Folder) -> None:
+    """The parameters of a module that the config gives the other width."""
+    folder_v2.edit_scheme(lambda scheme: scheme["modules"][UP].update(param_bits=8))
+    folder_v2.rejects(errors.MissingTensorError, f"{UP}.row_scales")
+    content = ("F16", [36], np.ones(36, "<f2").tobytes())
+    folder_v2.edit_tensors(lambda tensors: tensors.update({f"{UP}.row_scales": content}))
+    folder_v2.rejects(errors.TensorDtypeError, f"{UP}.scales")
+
+
+@pytest.mark.parametrize("part", ["scales", "zeros", "row_scales"])
+def test_f32_shapes_are_exact(folder_v2: Folder, part: str) -> None:
+    def reshape(tensors: dict[str, Any]) -> None:
+        dtype, shape, data = tensors[f"{DOWN}.{part}"]
+        tensors[f"{DOWN}.{part}"] = (dtype, [*shape, 1], data)
+
+    folder_v2.edit_tensors(reshape)
+    folder_v2.rejects(errors.TensorShapeError, f"{DOWN}.{part}")
+
+
+@pytest.mark.parametrize("part", ["scales", "zeros", "row_scales"])
+def test_f32_every_tensor_is_required(folder_v2: Folder, part: str) -> None:
+    folder_v2.edit_tensors(lambda tensors: tensors.pop(f"{DOWN}.{part}"))
+    folder_v2.rejects(errors.MissingTensorError, f"{DOWN}.{part}")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_f33_row_scales_are_finite(folder_v2: Folder, value: float) -> None:
+    folder_v2.edit_values(f"{Q}.row_scales", -1, value)
+    folder_v2.rejects(errors.TensorValueError, f"{Q}.row_scales")
+
+
+@pytest.mark.parametrize("value", [-1.0, -(2.0**-24), -0.0])
+def test_f33_row_scales_have_no_sign(folder_v2: Folder, value: float) -> None:
+    folder_v2.edit_values(f"{Q}.row_scales", 10, value)
+    folder_v2.rejects(errors.TensorValueError, f"{Q}.row_scales")
+
+
+@pytest.mark.parametrize("part", ["scales", "zeros"])
+def test_f33_a_row_scale_of_0_is_for_rows_of_zeros(folder_v2: Folder, part: str) -> None:
+    """Row 10 of the golden folder is one; a row of zeros with another factor is one, too."""
+    folder_v2.edit_values(f"{Q}.row_scales", 10, 1.0)
+    assert not folder_v2.read_all()[Q][10].any()
+    folder_v2.edit_values(f"{Q}.row_scales", 10, 0.0)
+    folder_v2.edit_values(f"{Q}.{part}", (10, 0), 1)
+    folder_v2.rejects(errors.TensorValueError, f"{Q}.row_scales")
+
+
+def test_f34_golden_values(folder_v2: Folder) -> None:
+    values = folder_v2.read_all()
+    for module, (name, rows, columns, _, _) in enumerate(folder_v2.golden.QUANTIZED):
+        expected = [
+            [folder_v2.golden.weight(module, row, k, 2) for k in range(columns)] for row in range(rows)
+        ]
+        np.testing.assert_array_equal(values[name], np.array(expected, np.float32))
+
+
+def test_f34_the_extremes_are_exact(folder_v2: Folder) -> None:
+    """Largest and smallest sums of the most bits, times factors of all their 11 bits."""
+    folder_v2.edit_values("lm_head.scales", slice(None), 255)
+    for row, zero, factor in ((0, 127, 65504.0), (1, -128, 65504.0), (2, 127, 2047 * 2.0**-24)):
+        folder_v2.edit_values("lm_head.zeros", row, zero)
+        folder_v2.edit_values("lm_head.row_scales", row, factor)
+    folder_v2.edit_values("lm_head.row_scales", 10, 1.0)
+    folder_v2.edit_values("lm_head.planes", (slice(None), slice(0, 3), 0), 1)
+    values = folder_v2.read_all()["lm_head"].astype(np.float64)
+    assert values[0, 0] == 65504.0 * (127 + 4 * 255)
+    assert values[1, 1] == 65504.0 * -128
+    assert values[2, 0] == 2047 * 2.0**-24 * (127 + 4 * 255)
 
 
 def test_f29_a_damaged_folder_gives_one_error(folder: Folder) -> None:

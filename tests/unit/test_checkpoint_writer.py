@@ -74,9 +74,13 @@ def test_any_order_and_pieces_give_the_same_bytes(
     assert files(first) == files(tmp_path / "second")
 
 
-def test_writes_the_golden_file(tmp_path: Path, golden: ModuleType) -> None:
-    """The committed folder, written by other code, byte for byte."""
-    with Checkpoint.open(golden.FOLDER) as checkpoint:
+@pytest.mark.parametrize("version", ["FOLDER", "FOLDER_V2"])
+def test_writes_the_golden_file(tmp_path: Path, golden: ModuleType, version: str) -> None:
+    """The committed folder, written by other code, byte for byte; and its config from the parsed one."""
+    folder = getattr(golden, version)
+    with Checkpoint.open(folder) as checkpoint:
+        assert checkpoint.scheme is not None
+        assert checkpoint.scheme.to_config() == checkpoint.config["quantization_config"]
         found = {name: checkpoint.info(name) for name in sorted(checkpoint.names())}
         specs = [
             spec for part in model_parts(checkpoint.engine, checkpoint.scheme) for spec in part.specs(found)
@@ -85,7 +89,7 @@ def test_writes_the_golden_file(tmp_path: Path, golden: ModuleType) -> None:
             for spec in specs:
                 writer.write(spec.name, checkpoint.read(spec.name))
             writer.finish(checkpoint.config)
-    assert files(tmp_path / "out") == files(golden.FOLDER)
+    assert files(tmp_path / "out") == files(folder)
 
 
 def test_safetensors_reads_what_was_written(tmp_path: Path) -> None:

@@ -63,13 +63,18 @@ def test_quantize_prints_a_table(tmp_path: Path) -> None:
 
 
 def test_quantize_json_and_every_option(tmp_path: Path) -> None:
-    options = "--bits 3 --group-size 64 --method uniform --embedding-bits 4 --lm-head-bits 4 --threads 2"
+    widths = "--bits 3 --group-size 64 --param-bits 8 --embedding-bits 4 --lm-head-bits 4"
+    options = f"{widths} --method uniform --threads 2"
     command = ("quantize", MODEL, "-o", tmp_path / "out", *options.split(), "--overwrite", "--json")
     report = last_json(run(*command))
     assert report["settings"]["bits"] == 3
     assert report["settings"]["group_size"] == 64
     assert report["settings"]["method"] == "uniform"
-    assert report["settings"]["modules"]["model.embed_tokens"] == {"bits": 4, "group_size": 128}
+    assert report["settings"]["modules"]["model.embed_tokens"] == {
+        "bits": 4,
+        "group_size": 128,
+        "param_bits": 8,
+    }
     assert report == json.loads((tmp_path / "out" / "quantization_report.json").read_text())
 
 
@@ -93,6 +98,7 @@ def test_inspect(quantized: Path) -> None:
         (("quantize", "/no/such/folder", "-o", "{tmp}/out"), "there is no folder /no/such/folder"),
         (("quantize", MODEL, "-o", "{tmp}/out", "--bits", 5), "bits must be 1 to 4, not 5"),
         (("quantize", MODEL, "-o", "{tmp}/out", "--group-size", 7), "group_size must be one of"),
+        (("quantize", MODEL, "-o", "{tmp}/out", "--param-bits", 4), "param_bits must be 16 or 8, not 4"),
         (("quantize", MODEL, "-o", "{tmp}/out", "--method", "best"), "method must be one of hlq"),
         (("quantize", MODEL, "-o", "{tmp}/out", "--embedding-bits", 9), "embedding_bits"),
         (("quantize", MODEL, "-o", "{tmp}/out", "--target-bpw", 2.1), "from 2.375 to 5.25 bits per weight"),
@@ -155,15 +161,19 @@ def without_tokenizer(quantized: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+EVAL_SIZES = ("--ctx", 64, "--max-tokens", 256, "--threads", 1)
+
+
 def test_eval(quantized: Path, text: Path) -> None:
-    command = ("eval", quantized, "--text", text, "--ctx", 64, "--max-tokens", 256, "--threads", 1)
-    found = last_json(run(*command, "--reference", MODEL, "--json"))
+    command = ("eval", quantized, "--text", text, *EVAL_SIZES)
+    (model,) = last_json(run(*command, "--reference", MODEL, "--json"))["models"]
+    (found,) = model["texts"]
+    assert model["bits_per_weight"] == pytest.approx(2.375)
     assert found["tokens"] == 4 * 63
     assert found["perplexity"] == pytest.approx(math.exp(found["nll"]))
-    assert found["bits_per_weight"] == pytest.approx(2.375)
     assert found["kl"] > 0
     assert 0 < found["top1_agreement"] < 1
-    exact = last_json(run(*command, "--exact", "--json"))
+    exact = last_json(run(*command, "--exact", "--json"))["models"][0]["mean"]
     assert exact["nll"] == pytest.approx(found["nll"], rel=0.02)
     assert exact["nll"] != found["nll"]
     assert exact["kl"] is None
@@ -172,8 +182,50 @@ def test_eval(quantized: Path, text: Path) -> None:
     assert f"KL          {found['kl']:.5f}" in sentence
 
 
+def test_eval_compares_models_on_several_texts(quantized: Path, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("The bear said that winter was near, and that the fox should find a den.\n" * 40)
+    command = ("eval", quantized, MODEL, "--text", text, "--text", other, *EVAL_SIZES, "--reference", MODEL)
+    ours, original = last_json(run(*command, "--json"))["models"]
+    assert [found["text"] for found in ours["texts"]] == [str(text), str(other)]
+    for file, found in zip((text, other), ours["texts"], strict=True):
+        alone = last_json(
+            run("eval", quantized, "--text", file, *EVAL_SIZES, "--reference", MODEL, "--json")
+        )["models"][0]
+        assert alone["texts"] == [found]
+    assert ours["mean"]["kl"] == pytest.approx(sum(found["kl"] for found in ours["texts"]) / 2)
+    assert ours["mean"]["nll_increase"] == pytest.approx(ours["mean"]["nll"] - original["mean"]["nll"])
+    assert original["mean"]["kl"] == 0
+    assert original["nbytes"] > ours["nbytes"]
+
+    lines = run(*command).stdout.splitlines()
+    rows = [line.split() for line in lines if line.lstrip().startswith(str(quantized))]
+    expected = [*ours["texts"], ours["mean"]]
+    assert [row[-2] for row in rows] == [f"{found['kl']:.4f}" for found in expected]
+    assert [row[-3] for row in rows] == [f"{found['nll_increase']:+.4f}" for found in expected]
+    assert [line.strip() for line in lines if line.strip() in (text.name, other.name, "mean")] == [
+        text.name,
+        other.name,
+        "mean",
+    ]
+    without = run("eval", quantized, MODEL, "--text", text, *EVAL_SIZES).stdout
+    assert "KL" not in without
+    assert "mean" not in without
+
+
 def test_eval_takes_the_models_limit_where_it_is_short(text: Path) -> None:
-    assert last_json(run("eval", MODEL, "--text", text, "--json"))["context"] == 512
+    found = last_json(run("eval", MODEL, "--text", text, "--json"))
+    assert found["models"][0]["mean"]["context"] == 512
+
+
+@pytest.fixture(scope="module")
+def other_tokens(quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "other-tokens"
+    shutil.copytree(quantized, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    del tokenizer["model"]["merges"][-2000:]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
 
 
 def test_generate(quantized: Path) -> None:
@@ -232,6 +284,10 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "there is no folder /no/model",
         ),
         (("eval", "{without_tokenizer}", "--text", "{text}"), "has no tokenizer.json"),
+        (
+            ("eval", "{quantized}", "{other_tokens}", "--text", "{text}"),
+            "the models cut the text into different tokens",
+        ),
         (("generate", "{without_tokenizer}", "-p", "hi"), "has no tokenizer.json"),
         (("generate", "/no/such/folder", "-p", "hi"), "there is no folder /no/such/folder"),
         (("chat", "{quantized}"), "has no chat template, so it is not a chat model"),
@@ -248,6 +304,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("bench", "{quantized}", "--shape", "llama-2-7b"), "give either a model folder or --shape"),
         (("bench", "--shape", "gpt-5"), "gpt-5"),
         (("bench", "--shape", "qwen3-0.6b", "--bits", 7), "bits must be 1 to 4, not 7"),
+        (("bench", "--shape", "qwen3-0.6b", "--param-bits", 7), "param_bits must be 16 or 8, not 7"),
         (("bench", "{quantized}", "--prompt", 500, "--gen", 100), "the model's limit is 512"),
     ],
 )
@@ -256,6 +313,7 @@ def test_errors_of_commands_that_run_models(
     message: str,
     quantized: Path,
     without_tokenizer: Path,
+    other_tokens: Path,
     text: Path,
     tmp_path: Path,
 ) -> None:
@@ -264,6 +322,7 @@ def test_errors_of_commands_that_run_models(
     places = {
         "quantized": quantized,
         "without_tokenizer": without_tokenizer,
+        "other_tokens": other_tokens,
         "text": text,
         "latin": tmp_path / "latin.txt",
         "empty": tmp_path / "empty.txt",

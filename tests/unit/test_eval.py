@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from elutq.errors import InvalidArgumentError, MissingDependencyError, TensorValueError
-from elutq.eval import evaluate, evaluate_all
+from elutq.eval import Evaluation, evaluate, evaluate_all, mean_evaluation, score_all
 from elutq.eval import perplexity as module
 from elutq.models import bundled_model
 from elutq.runtime import load
@@ -78,6 +78,7 @@ def test_agrees_with_the_definition(
     assert result.tokens == tokens == len(ids) // context * (context - 1)
     assert result.nll == pytest.approx(nll, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(nll), rel=1e-4)
+    assert result.nll_increase == pytest.approx(nll - naive(reference, ids, context)[1], rel=1e-4)
     assert result.kl == pytest.approx(kl, rel=1e-5)
     assert result.top1_agreement == pytest.approx(agreement)
     assert model.most_rows <= max(1, logits_bytes // (4 * VOCAB))
@@ -86,20 +87,50 @@ def test_agrees_with_the_definition(
 def test_without_a_reference(ids: list[int]) -> None:
     result = evaluate(FakeModel(1), ids, 32)
     assert result.nll == pytest.approx(naive(FakeModel(1), ids, 32)[1], rel=1e-5)
-    assert result.kl is None
-    assert result.top1_agreement is None
+    assert (result.nll_increase, result.kl, result.top1_agreement) == (None, None, None)
 
 
 def test_a_model_does_not_differ_from_itself(ids: list[int]) -> None:
     result = evaluate(FakeModel(1), ids, 32, reference=FakeModel(1))
-    assert result.kl == 0
-    assert result.top1_agreement == 1
+    assert (result.nll_increase, result.kl, result.top1_agreement) == (0, 0, 1)
 
 
 def test_several_models_at_once_are_each_as_alone(ids: list[int]) -> None:
     models = [FakeModel(1), FakeModel(2), FakeModel(3)]
     together = evaluate_all(models, ids, 16, reference=FakeModel(4))
     assert together == [evaluate(m, ids, 16, reference=FakeModel(4)) for m in models]
+
+
+def test_scores_are_per_token_and_the_mean_may_start_later(ids: list[int]) -> None:
+    (scores,) = score_all([FakeModel(1)], ids, 16, reference=FakeModel(2))
+    assert scores.nll.shape == scores.kl.shape == (len(ids) // 16, 15)
+    assert scores.evaluation() == evaluate(FakeModel(1), ids, 16, reference=FakeModel(2))
+    later = scores.evaluation(first=9)
+    assert later.tokens == len(ids) // 16 * 7
+    assert later.kl == pytest.approx(scores.kl[:, 8:].mean())
+    assert later.nll_increase == pytest.approx((scores.nll - scores.reference_nll)[:, 8:].mean())
+    model = FakeModel(1)
+    sequence = model.new_sequence()
+    for token in ids[16:25]:
+        logits = np.float64(model.advance(sequence, token))
+    assert scores.nll[1, 8] == pytest.approx(np.log(np.exp(logits).sum()) - logits[ids[25]], rel=1e-5)
+
+
+def test_the_mean_gives_texts_equal_weight() -> None:
+    long = Evaluation(
+        nll=1.0, perplexity=math.e, tokens=1000, context=64, nll_increase=0.25, kl=0.5, top1_agreement=0.9
+    )
+    short = Evaluation(
+        nll=3.0, perplexity=math.e**3, tokens=10, context=64, nll_increase=-0.5, kl=0.0, top1_agreement=0.5
+    )
+    mean = mean_evaluation([long, short])
+    assert mean.nll == 2
+    assert mean.perplexity == pytest.approx(math.e**2)
+    assert (mean.tokens, mean.context) == (1010, 64)
+    assert (mean.nll_increase, mean.kl) == (-0.125, 0.25)
+    assert mean.top1_agreement == pytest.approx(0.7)
+    alone = mean_evaluation([Evaluation(nll=1.0, perplexity=math.e, tokens=10, context=64)])
+    assert (alone.nll_increase, alone.kl, alone.top1_agreement) == (None, None, None)
 
 
 def test_max_tokens_takes_the_start_of_the_text(ids: list[int]) -> None:

@@ -151,6 +151,22 @@ def test_targets_follow_the_full_models_inputs() -> None:
     assert (unmoved.planes == plain.planes).all()
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_parameters_of_8_bits_cost_next_to_nothing(bits: int) -> None:
+    hessian, weight = hessian_of(inputs(2048, 256)), weights(32, 256)
+    weight[3] = 0
+    metric = gptq.Metric(hessian, None, OPTIONS)
+    wide = gptq.solve(weight, metric, QuantScheme(bits, 64))
+    narrow = gptq.solve(weight, metric, QuantScheme(bits, 64, param_bits=8))
+    assert narrow.matrix.row_scales is not None
+    assert (narrow.matrix.scales.dtype, narrow.matrix.zeros.dtype) == (np.uint8, np.int8)
+    assert not hlq.dequantize(narrow.matrix)[3].any()
+    assert narrow.output_error < 1.05 * wide.output_error
+    norm = ((weight @ hessian) * weight).sum()
+    stored = float(loss(weight, narrow.matrix, hessian).sum() / norm)
+    assert stored == pytest.approx(narrow.output_error, rel=1e-3)
+
+
 @pytest.mark.parametrize("columns", [1, 7, 96, 200])
 def test_any_width_and_a_short_last_group(columns: int) -> None:
     hessian, weight = hessian_of(inputs(300, columns)), weights(5, columns)

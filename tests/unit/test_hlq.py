@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -441,3 +442,119 @@ def test_squared_error_agrees_with_relative_error(dtype):
     error, norm = hlq.squared_error(weight, matrix, threads=2)
     assert error / norm == pytest.approx(hlq.relative_error(weight, matrix), rel=1e-9)
     assert (error, norm) == hlq.squared_error(weight, matrix, threads=1)
+
+
+# ---- 8-bit parameters ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "most"), [(1, 1.001), (2, 1.004), (3, 1.015), (4, 1.06)])
+@pytest.mark.parametrize("sample", [normal, heavy_tailed])
+def test_8_bit_parameters_cost_little(sample, bits, most):
+    weight = sample(64, 1024, seed=bits) * np.repeat(np.linspace(0.5, 1.5, 8, dtype=np.float32), 128)
+    fine = hlq.fit(weight, bits)
+    coarse = hlq.to_8bit(weight, fine)
+    assert hlq.relative_error(weight, coarse) < most * hlq.relative_error(weight, fine)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, -1])
+@pytest.mark.parametrize("columns", [5, 64, 103])
+def test_8_bit_parameters_have_the_types_of_the_format(columns, group_size):
+    weight = normal(9, columns)
+    weight[3] = 0
+    matrix = hlq.to_8bit(weight, hlq.fit(weight, 3, group_size))
+    groups = 1 if group_size == -1 else -(-columns // group_size)
+    found = {name: (array.dtype.name, array.shape) for name, array in matrix.arrays.items()}
+    assert found == {
+        "planes": ("uint8", (3, 9, -(-columns // 8))),
+        "scales": ("uint8", (9, groups, 3)),
+        "zeros": ("int8", (9, groups)),
+        "row_scales": ("float16", (9,)),
+    }
+    assert (matrix.row_scales > 0).all()
+    assert (np.diff(matrix.scales.astype(int), axis=2) >= 0).all()
+    assert not hlq.dequantize(matrix)[3].any()
+
+
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_8_bit_matrices_are_dequantized_by_their_integers(group_size):
+    weight = normal(5, 70)
+    matrix = hlq.to_8bit(weight, hlq.fit(weight, 4, group_size))
+    codes = unpack_codes(matrix.planes, 70).astype(int)
+    values = hlq.dequantize(matrix)
+    for row, column in itertools.product(range(5), range(70)):
+        group = 0 if group_size == -1 else column // group_size
+        total = int(matrix.zeros[row, group])
+        total += sum(int(matrix.scales[row, group, p]) * (codes[row, column] >> p & 1) for p in range(4))
+        assert values[row, column] == float(matrix.row_scales[row]) * total
+
+
+def test_8_bit_codes_are_those_of_the_nearest_levels():
+    weight = heavy_tailed(16, 256)
+    matrix = hlq.to_8bit(weight, hlq.fit(weight, 2))
+    integers = matrix.zeros.astype(int)[:, :, None] + matrix.scales.astype(int) @ [[0, 1, 0, 1], [0, 0, 1, 1]]
+    levels = integers * matrix.row_scales.astype(np.float64)[:, None, None]
+    distance = np.abs(weight.reshape(16, 2, 128, 1) - levels[:, :, None, :])
+    error = np.abs(weight - hlq.dequantize(matrix)).reshape(16, 2, 128)
+    assert_array_equal(error, distance.min(axis=3).astype(np.float32))
+
+
+def test_8_bit_parameters_heed_importances():
+    weight = heavy_tailed(32, 512)
+    importance = np.random.default_rng(1).uniform(0, 1, 512).astype(np.float32) ** 4
+    importance[:128] *= 1000
+    fine = hlq.fit(weight, 2, weights=importance)
+    heeded = group_errors(weight, hlq.to_8bit(weight, fine, importance), importance).sum()
+    ignored = group_errors(weight, hlq.to_8bit(weight, fine), importance).sum()
+    assert heeded < ignored
+    assert heeded < 1.01 * group_errors(weight, fine, importance).sum()
+
+
+@pytest.mark.parametrize("size", [1e-9, 2e-7, 1e-4, 6e4])
+def test_8_bit_parameters_reach_the_limits_of_fp16(size):
+    weight = np.random.default_rng(0).uniform(-size, size, (8, 256)).astype(np.float32)
+    fine = hlq.fit(weight, 2)
+    coarse = hlq.to_8bit(weight, fine)
+    assert np.isfinite(coarse.row_scales).all()
+    if size > 1e-5:
+        assert hlq.relative_error(weight, coarse) < 1.01 * hlq.relative_error(weight, fine)
+    else:  # the smallest fp16 number is the unit
+        assert np.abs(weight - hlq.dequantize(coarse)).max() < max(size, 2.0**-24)
+
+
+def test_8_bit_parameters_do_not_depend_on_threads_or_pieces(monkeypatch):
+    weight, importance = normal(33, 300), np.arange(300, dtype=np.float32)
+    fine = hlq.fit(weight, 2, weights=importance)
+    whole = hlq.to_8bit(weight, fine, importance, threads=1)
+    monkeypatch.setattr(hlq, "_CHUNK", 700)
+    pieces = hlq.to_8bit(weight, fine, importance, threads=3)
+    for name, values in whole.arrays.items():
+        assert_array_equal(values, pieces.arrays[name])
+
+
+def test_scales_in_any_order_are_taken_for_8_bit_parameters():
+    """Another writer's scales may be negative (F23)."""
+    weight = normal(4, 128)
+    fine = hlq.fit(weight, 2)
+    flipped = replace(
+        fine,
+        planes=fine.planes ^ np.array([255, 0], np.uint8)[:, None, None],
+        scales=fine.scales * np.array([-1, 1], np.float16),
+        zeros=(fine.zeros.astype(np.float32) + fine.scales[:, :, 0]).astype(np.float16),
+    )
+    error = hlq.relative_error(weight, hlq.to_8bit(weight, flipped))
+    assert error < 1.01 * hlq.relative_error(weight, fine)
+
+
+def test_what_is_not_fp16_or_does_not_fit_is_not_made_8_bit():
+    weight = normal(4, 128)
+    fine = hlq.fit(weight, 2)
+    coarse = hlq.to_8bit(weight, fine)
+    with pytest.raises(InvalidArgumentError, match="already"):
+        hlq.to_8bit(weight, coarse)
+    with pytest.raises(TensorShapeError, match="shape"):
+        hlq.to_8bit(weight[:, :64], fine)
+    with pytest.raises(InvalidArgumentError, match="importances"):
+        hlq.to_8bit(weight, fine, np.ones(3, np.float32))
+    assert hlq.squared_error(weight, coarse)[0] / hlq.squared_error(weight, coarse)[1] == pytest.approx(
+        hlq.relative_error(weight, coarse), rel=1e-9
+    )

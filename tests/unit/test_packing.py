@@ -48,3 +48,17 @@ def test_an_hlq_matrix_knows_its_size():
     )
     assert (matrix.bits, matrix.out_features) == (3, 5)
     assert matrix.nbytes == 3 * 5 * 13 + 2 * 5 * 4 * 3 + 2 * 5 * 4
+
+
+def test_an_hlq_matrix_with_row_scales_is_smaller():
+    matrix = HlqMatrix(
+        planes=np.zeros((3, 5, 13), np.uint8),
+        scales=np.zeros((5, 4, 3), np.uint8),
+        zeros=np.zeros((5, 4), np.int8),
+        in_features=100,
+        group_size=32,
+        row_scales=np.ones(5, np.float16),
+    )
+    assert (matrix.bits, matrix.param_bits) == (3, 8)
+    assert matrix.nbytes == 3 * 5 * 13 + 5 * 4 * 3 + 5 * 4 + 2 * 5
+    assert list(matrix.arrays) == ["planes", "scales", "zeros", "row_scales"]

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import elutq.quantize
-from elutq import errors, hlq
+from elutq import errors, hlq, load
 from elutq.architectures import EMBEDDING, HEAD, engine_config
 from elutq.checkpoint import Checkpoint
+from elutq.eval import evaluate
 from elutq.importance import input_importance
 from elutq.quantize import plan, quantize
 from elutq.report import describe
@@ -52,6 +53,50 @@ def test_matrices_are_what_the_solver_returns(
                 np.testing.assert_array_equal(getattr(found, part), getattr(expected, part))
             (tensor,) = (tensor for tensor in report.summary.tensors if tensor.name == module)
             assert tensor.relative_error == pytest.approx(hlq.relative_error(weight, expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["hlq", "uniform"])
+def test_8_bit_parameters_follow_any_method(tmp_path: Path, make_folder: Make, method: str) -> None:
+    source = make_folder(tmp_path / "m")
+    options = {"bits": 2, "group_size": 32, "method": method, "lm_head_bits": 4, "embedding_bits": 4}
+    report = quantize(source, tmp_path / "out", param_bits=8, **options)
+    assert report.versions["format"] == report.settings["version"] == 2
+    with Checkpoint.open(source) as before, Checkpoint.open(tmp_path / "out") as after:
+        assert len(after.schemes) == 9
+        for module, scheme in after.schemes.items():
+            weight = before.read_float32(f"{module}.weight")
+            columns = None
+            if method == "hlq":
+                columns = input_importance(module, before.engine, before.read_float32)
+            fitted = hlq.fit(weight, scheme.bits, scheme.group_size, weights=columns, method=method)
+            expected = hlq.to_8bit(weight, fitted, columns)
+            found = after.read_hlq(module)
+            for name, values in expected.arrays.items():
+                np.testing.assert_array_equal(found.arrays[name], values)
+            (tensor,) = (tensor for tensor in report.summary.tensors if tensor.name == module)
+            assert tensor.relative_error == pytest.approx(hlq.relative_error(weight, expected), rel=1e-5)
+            assert 8 * tensor.nbytes == scheme.stored_bits(*weight.shape)
+    with load(tmp_path / "out", threads=1) as model:
+        score = evaluate(model, list(range(11)) * 6, 16)
+        assert np.isfinite(score.nll)
+
+
+def test_8_bit_parameters_do_not_depend_on_the_pieces(
+    tmp_path: Path, make_folder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_folder(tmp_path / "m")
+    quantize(source, tmp_path / "whole", bits=3, param_bits=8, embedding_bits=2)
+    monkeypatch.setattr("elutq.quantize._PIECE", 7 * 40)
+    monkeypatch.setattr("elutq.hlq._CHUNK", 3 * 40)
+    quantize(source, tmp_path / "pieces", bits=3, param_bits=8, embedding_bits=2)
+    assert files(tmp_path / "pieces") == files(tmp_path / "whole")
+
+
+def test_16_bit_parameters_are_written_as_version_1(tmp_path: Path, make_folder: Make) -> None:
+    quantize(make_folder(tmp_path / "m"), tmp_path / "out", bits=2, param_bits=16, lm_head_bits=4)
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["version"] == 1
+    assert "param_bits" not in json.dumps(config)
 
 
 def test_importance_can_be_switched(tmp_path: Path, make_folder: Make) -> None:

@@ -71,6 +71,17 @@ def test_logits_do_not_depend_on_threads_batch_or_cutting(model: LanguageModel) 
     assert [len(logits) for logits in result] == [5, 300, 1]
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_random_weights_of_8_bit_parameters_are_much_the_same(bits: int) -> None:
+    """The same bits and nearly the same levels: only smaller."""
+    fine, coarse = (
+        random_model(tiny(), bits, 32, param_bits, threads=1, exact=True) for param_bits in (16, 8)
+    )
+    expected, found = (model.logits([1, 2, 3, 4]) for model in (fine, coarse))
+    assert np.linalg.norm(found - expected) < 0.1 * np.linalg.norm(expected)
+    assert coarse.bytes_per_token(0) < fine.bytes_per_token(0)
+
+
 def test_8_bit_keys_and_values_promise_the_same_and_change_little(story: LanguageModel) -> None:
     ids = (story.tokenizer.encode("Once upon a time there was a little girl. ") * 40)[:400]
     with load(REFERENCE_MODEL, threads=2, kv_cache="int8") as model:

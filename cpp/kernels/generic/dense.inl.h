@@ -116,6 +116,7 @@ constexpr int64_t kExactRows = 4;
 void matmul_exact(const HlqShape& shape, const uint8_t* packed, const float* x, int64_t x_stride, int64_t tokens,
                   int64_t row_begin, int64_t row_end, float* y, int64_t y_stride) {
   const Layout layout(shape);
+  const auto unpack = shape.param_bits == 8 ? unpack_columns<8> : unpack_columns<16>;
   alignas(64) float weights[kExactRows * kExactColumns];
   const uint8_t* bytes = reinterpret_cast<const uint8_t*>(weights);
   for (int64_t row = row_begin; row < row_end; row += kExactRows) {
@@ -123,7 +124,7 @@ void matmul_exact(const HlqShape& shape, const uint8_t* packed, const float* x, 
     for (int64_t begin = 0; begin < shape.in_features; begin += kExactColumns) {
       const int64_t end = min_of(begin + kExactColumns, shape.in_features);
       for (int64_t r = 0; r < rows; ++r) {
-        unpack_columns(layout, packed, row + r, begin, end, weights + r * kExactColumns);
+        unpack(layout, packed, row + r, begin, end, weights + r * kExactColumns);
       }
       const auto multiply = begin == 0 ? dense<DenseType::kFloat32, false> : dense<DenseType::kFloat32, true>;
       multiply(bytes, kExactColumns * 4, end - begin, x + begin, x_stride, tokens, rows, y + row, y_stride);

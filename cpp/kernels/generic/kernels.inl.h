@@ -3,7 +3,7 @@
 //
 //   Floats                        16 floats, zero when default-made, with + - * / and
 //   zeros() splat(f) load(p) store(v, p) load_half(p) load_bfloat16(p) store_half(v, p)      any alignment
-//   load_int8(p)                  16 signed bytes
+//   load_int8(p) load_uint8(p)    16 bytes, signed and unsigned
 //   splat_half(p)                 the fp16 at p in every lane
 //   from_bits(b)                  lane i = bit i of b, as 0.0 or 1.0
 //   fma(a, b, c)                  a * b + c, rounded once

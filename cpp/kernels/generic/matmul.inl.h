@@ -25,13 +25,14 @@ ELUTQ_INLINE void look_ahead(const uint8_t* from) {
 constexpr int64_t kBlockEntries = kBlockColumns / kSlotColumns * 16;  // bytes of tables per block
 
 /// One segment of one tile, `blocks` blocks of `planes`. acc: [tokens][kPanelRows], the sums so far of the tile's rows.
-template <int bits, int tokens>
+template <int bits, int param_bits, int tokens>
 ELUTQ_INLINE void multiply_segment(const uint8_t* parameters, const uint8_t* planes, int64_t blocks,
                                    const TableView* tables, int64_t segment, int64_t first_block, float* acc) {
+  using Stored = Parameters<param_bits>;
   constexpr int64_t kBlockBytes = bits * kStrips * kStripBytes;
   // Strips of one pass: all, in the order of memory, while their sums leave registers for indices and tables.
   constexpr int kTogether = bits * tokens <= 8 ? kStrips : 1;
-  look_ahead<(bits + 1) * kTileRows * 2, tokens>(parameters);
+  look_ahead<(bits + 1) * kTileRows * Stored::kBytes, tokens>(parameters);
   // A pair's sum is found with 128 added; that of padding columns too, which is exactly 128.
   const Sums start = start_sums(static_cast<int>(blocks * (kBlockColumns / kSlotColumns / 2) * -128));
   unroll<kStrips / kTogether>([&](auto part) ELUTQ_FLAT {
@@ -57,9 +58,9 @@ ELUTQ_INLINE void multiply_segment(const uint8_t* parameters, const uint8_t* pla
       constexpr int kStrip = i * kLanes / kStripRows;
       constexpr int kPart = i * kLanes % kStripRows / kLanes;
       Floats scales[bits];
-      Floats mid = load_half(parameters + (bits * kTileRows + kRow) * 2);
+      Floats mid = Stored::load_zeros(parameters + (bits * kTileRows + kRow) * Stored::kBytes);
       unroll<bits>([&](auto p) ELUTQ_FLAT {
-        scales[p] = load_half(parameters + (p * kTileRows + kRow) * 2);
+        scales[p] = Stored::load_scales(parameters + (p * kTileRows + kRow) * Stored::kBytes);
         mid = fma(splat(0.5f), scales[p], mid);
       });
       unroll<tokens>([&](auto t) ELUTQ_FLAT {
@@ -74,7 +75,7 @@ ELUTQ_INLINE void multiply_segment(const uint8_t* parameters, const uint8_t* pla
 }
 
 /// Segments [begin, end) of `tiles` neighbors of one panel. acc: [tokens][kPanelRows], the sums so far.
-template <int bits, int tokens>
+template <int bits, int param_bits, int tokens>
 [[gnu::noinline]] void multiply(const Layout& layout, const uint8_t* packed, int64_t tile, int64_t tiles,
                                 const TableView* tables, int64_t begin, int64_t end, float* acc) {
   int64_t group = begin / layout.segments_per_group;
@@ -88,9 +89,9 @@ template <int bits, int tokens>
       for (int64_t segment = begin; segment < stop; ++segment) {
         const int64_t block = segment * layout.segment_blocks;
         const int64_t blocks = min_of(layout.segment_blocks, layout.blocks - block);
-        multiply_segment<bits, tokens>(parameters,
-                                       planes + (segment - group_begin) * layout.segment_blocks * layout.block_bytes,
-                                       blocks, tables, segment, block, acc + i * kTileRows);
+        multiply_segment<bits, param_bits, tokens>(
+            parameters, planes + (segment - group_begin) * layout.segment_blocks * layout.block_bytes, blocks, tables,
+            segment, block, acc + i * kTileRows);
       }
     }
     begin = stop;
@@ -98,15 +99,30 @@ template <int bits, int tokens>
   }
 }
 
+/// Multiplies the sums of `tiles` tiles, [tokens][kPanelRows], by their rows' scales.
+template <int tokens>
+void scale_rows(const uint8_t* row_scales, int64_t tiles, float* acc) {
+  for (int64_t row = 0; row < tiles * kTileRows; row += kLanes) {
+    const Floats scales = load(row_scales + row * static_cast<int64_t>(sizeof(float)));
+    for (int t = 0; t < tokens; ++t) {
+      float* sums = acc + t * kPanelRows + row;
+      store(scales * load(sums), sums);
+    }
+  }
+}
+
 /// The same for rows [row, row + rows) of one panel, with the sums so far in y when begin > 0.
-template <int bits, int tokens>
+template <int bits, int param_bits, int tokens>
 void multiply_rows(const Layout& layout, const uint8_t* packed, const TableView* tables, int64_t begin, int64_t end,
                    int64_t row, int64_t rows, float* y, int64_t y_stride) {
   alignas(64) float acc[tokens * kPanelRows] = {};
   const auto row_bytes = static_cast<size_t>(rows) * sizeof(float);
   for (int t = 0; begin > 0 && t < tokens; ++t) std::memcpy(acc + t * kPanelRows, y + t * y_stride + row, row_bytes);
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  multiply<bits, tokens>(layout, packed, row / kTileRows, tiles, tables, begin, end, acc);
+  multiply<bits, param_bits, tokens>(layout, packed, row / kTileRows, tiles, tables, begin, end, acc);
+  if constexpr (param_bits == 8) {
+    if (end == layout.segments) scale_rows<tokens>(packed + layout.row_scales_offset(row / kTileRows), tiles, acc);
+  }
   for (int t = 0; t < tokens; ++t) std::memcpy(y + t * y_stride + row, acc + t * kPanelRows, row_bytes);
 }
 
@@ -116,7 +132,7 @@ constexpr int64_t kTableBytes = 24 * 1024;
 constexpr int64_t kChunkBytes = 384 * 1024;
 
 /// All rows of a chunk for `tokens` tokens, columns in runs whose tables fit the first-level cache.
-template <int bits, int tokens>
+template <int bits, int param_bits, int tokens>
 void multiply_chunk(const Layout& layout, const uint8_t* packed, const TableView* tables, int64_t row_begin,
                     int64_t row_end, float* y, int64_t y_stride) {
   const int64_t segment_bytes = layout.segment_blocks * kBlockEntries * tokens;
@@ -125,22 +141,22 @@ void multiply_chunk(const Layout& layout, const uint8_t* packed, const TableView
     const int64_t end = min_of(begin + run, layout.segments);
     for (int64_t row = row_begin; row < row_end;) {
       const int64_t next = min_of(row / kPanelRows * kPanelRows + kPanelRows, row_end);
-      multiply_rows<bits, tokens>(layout, packed, tables, begin, end, row, next - row, y, y_stride);
+      multiply_rows<bits, param_bits, tokens>(layout, packed, tables, begin, end, row, next - row, y, y_stride);
       row = next;
     }
   }
 }
 
 /// Takes `count` tokens off the front while they last.
-template <int bits, int count>
+template <int bits, int param_bits, int count>
 ELUTQ_INLINE void take_tokens(const Layout& layout, const uint8_t* packed, const TableView*& tables, int64_t& tokens,
                               int64_t row_begin, int64_t row_end, float*& y, int64_t y_stride) {
   for (; tokens >= count; tokens -= count, tables += count, y += count * y_stride) {
-    multiply_chunk<bits, count>(layout, packed, tables, row_begin, row_end, y, y_stride);
+    multiply_chunk<bits, param_bits, count>(layout, packed, tables, row_begin, row_end, y, y_stride);
   }
 }
 
-template <int bits>
+template <int bits, int param_bits>
 void matmul_bits(const HlqShape& shape, const uint8_t* packed, const TableView* tables, int64_t tokens,
                  int64_t row_begin, int64_t row_end, float* y, int64_t y_stride) {
   const Layout layout(shape);
@@ -152,25 +168,20 @@ void matmul_bits(const HlqShape& shape, const uint8_t* packed, const TableView* 
     int64_t left = tokens;
     float* to = y;
     constexpr int kMost = kMostTokens[bits];
-    take_tokens<bits, kMost>(layout, packed, next, left, begin, end, to, y_stride);
-    if constexpr (kMost > 4) take_tokens<bits, 4>(layout, packed, next, left, begin, end, to, y_stride);
-    if constexpr (kMost > 2) take_tokens<bits, 2>(layout, packed, next, left, begin, end, to, y_stride);
-    if constexpr (kMost > 1) take_tokens<bits, 1>(layout, packed, next, left, begin, end, to, y_stride);
+    take_tokens<bits, param_bits, kMost>(layout, packed, next, left, begin, end, to, y_stride);
+    if constexpr (kMost > 4) take_tokens<bits, param_bits, 4>(layout, packed, next, left, begin, end, to, y_stride);
+    if constexpr (kMost > 2) take_tokens<bits, param_bits, 2>(layout, packed, next, left, begin, end, to, y_stride);
+    if constexpr (kMost > 1) take_tokens<bits, param_bits, 1>(layout, packed, next, left, begin, end, to, y_stride);
   }
 }
 
 void matmul(const HlqShape& shape, const uint8_t* packed, const TableView* tables, int64_t tokens, int64_t row_begin,
             int64_t row_end, float* y, int64_t y_stride) {
-  switch (shape.bits) {
-    case 1:
-      return matmul_bits<1>(shape, packed, tables, tokens, row_begin, row_end, y, y_stride);
-    case 2:
-      return matmul_bits<2>(shape, packed, tables, tokens, row_begin, row_end, y, y_stride);
-    case 3:
-      return matmul_bits<3>(shape, packed, tables, tokens, row_begin, row_end, y, y_stride);
-    default:
-      return matmul_bits<4>(shape, packed, tables, tokens, row_begin, row_end, y, y_stride);
-  }
+  constexpr decltype(&matmul) kMatmuls[][kMaxBits] = {
+      {matmul_bits<1, 16>, matmul_bits<2, 16>, matmul_bits<3, 16>, matmul_bits<4, 16>},
+      {matmul_bits<1, 8>, matmul_bits<2, 8>, matmul_bits<3, 8>, matmul_bits<4, 8>},
+  };
+  kMatmuls[shape.param_bits == 8][shape.bits - 1](shape, packed, tables, tokens, row_begin, row_end, y, y_stride);
 }
 
 }  // namespace

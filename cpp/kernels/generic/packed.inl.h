@@ -3,10 +3,12 @@
 // group once per panel. (Tile after tile, the tables of a whole row would be read again for every tile, and the stream
 // in between would have driven them out of the first-level cache.)
 //
-//     for each panel, for each group, for each tile of the panel:
-//         scales fp16 [bits][kTileRows], zeros fp16 [kTileRows]
-//         for each block of 32 columns of the group:
-//             for each strip of kStripRows rows:   planes [bits][kStripRows * 4 bytes]
+//     for each panel:
+//         for each group, for each tile of the panel:
+//             scales [bits][kTileRows], zeros [kTileRows]: fp16, or 8 bits as on disk
+//             for each block of 32 columns of the group:
+//                 for each strip of kStripRows rows:   planes [bits][kStripRows * 4 bytes]
+//         parameters of 8 bits: row scales fp32 [rows of the panel]
 //
 // How the 32 x kStripRows bits of one plane lie inside their strip is the business of the lookup (Lookup::put and
 // Lookup::get). Rows past out_features and columns past in_features are zero; the last panel may have fewer tiles.
@@ -22,9 +24,34 @@ constexpr int64_t kStripBytes = kStripRows * kBlockColumns / 8;  // of one plane
 constexpr int kPanelRows = 128;
 constexpr int kPanelTiles = kPanelRows / kTileRows;
 
+/// How scales and zeros of one width are read.
+template <int param_bits>
+struct Parameters;
+
+template <>
+struct Parameters<16> {
+  static constexpr int64_t kBytes = 2;
+  ELUTQ_INLINE static Floats load_scales(const uint8_t* from) { return load_half(from); }
+  ELUTQ_INLINE static Floats load_zeros(const uint8_t* from) { return load_half(from); }
+  ELUTQ_INLINE static Floats splat_scale(const uint8_t* from) { return splat_half(from); }
+  ELUTQ_INLINE static Floats splat_zero(const uint8_t* from) { return splat_half(from); }
+};
+
+template <>
+struct Parameters<8> {
+  static constexpr int64_t kBytes = 1;
+  ELUTQ_INLINE static Floats load_scales(const uint8_t* from) { return load_uint8(from); }
+  ELUTQ_INLINE static Floats load_zeros(const uint8_t* from) { return load_int8(from); }
+  ELUTQ_INLINE static Floats splat_scale(const uint8_t* from) { return splat(static_cast<float>(*from)); }
+  ELUTQ_INLINE static Floats splat_zero(const uint8_t* from) {
+    return splat(static_cast<float>(static_cast<int8_t>(*from)));
+  }
+};
+
 struct Layout {
   int64_t in_features;
   int64_t bits;
+  int64_t param_bytes;  // of one scale or zero
   int64_t tiles;
   int64_t groups;
   int64_t blocks;              // in a row
@@ -34,12 +61,14 @@ struct Layout {
   int64_t segments_per_group;  // in a full group
   int64_t parameter_bytes;     // scales and zeros of a group
   int64_t block_bytes;
-  int64_t group_bytes;  // of a full group
+  int64_t group_bytes;      // of a full group
+  int64_t row_scale_bytes;  // of a tile
   int64_t tile_bytes;
 
   explicit Layout(const HlqShape& shape)
       : in_features(shape.in_features),
         bits(shape.bits),
+        param_bytes(shape.param_bits / 8),
         tiles((shape.out_features + kTileRows - 1) / kTileRows),
         groups(shape.groups()),
         blocks(shape.padded_in() / kBlockColumns),
@@ -47,10 +76,11 @@ struct Layout {
         segment_blocks((shape.segment_size() + kBlockColumns - 1) / kBlockColumns),
         segments(shape.segments()),
         segments_per_group((shape.group_size + shape.segment_size() - 1) / shape.segment_size()),
-        parameter_bytes((shape.bits + 1) * kTileRows * 2),
+        parameter_bytes((shape.bits + 1) * kTileRows * param_bytes),
         block_bytes(shape.bits * kStrips * kStripBytes),
         group_bytes(parameter_bytes + group_blocks * block_bytes),
-        tile_bytes(groups * parameter_bytes + blocks * block_bytes) {}
+        row_scale_bytes(shape.param_bits == 8 ? kTileRows * static_cast<int64_t>(sizeof(float)) : 0),
+        tile_bytes(groups * parameter_bytes + blocks * block_bytes + row_scale_bytes) {}
 
   /// Where the plane of a row's strip begins in a block.
   int64_t plane_offset(int64_t plane, int64_t row_in_tile) const {
@@ -63,11 +93,21 @@ struct Layout {
   /// Bytes of group `group` of one tile: from there to the same group of the panel's next tile.
   int64_t bytes_of(int64_t group) const { return parameter_bytes + blocks_of(group) * block_bytes; }
 
+  /// The panel of a tile: its first tile, and one past its last.
+  static int64_t panel_begin(int64_t tile) { return tile / kPanelTiles * kPanelTiles; }
+  int64_t panel_end(int64_t tile) const { return min_of(panel_begin(tile) + kPanelTiles, tiles); }
+
   /// Where group `group` of a tile begins in the packed matrix.
   int64_t offset(int64_t tile, int64_t group) const {
-    const int64_t first = tile / kPanelTiles * kPanelTiles;
-    const int64_t panel_tiles = min_of(kPanelTiles, tiles - first);
+    const int64_t first = panel_begin(tile);
+    const int64_t panel_tiles = panel_end(tile) - first;
     return first * tile_bytes + group * panel_tiles * group_bytes + (tile - first) * bytes_of(group);
+  }
+
+  /// Where the row scales of a tile begin: they end the panel.
+  int64_t row_scales_offset(int64_t tile) const {
+    const int64_t end = panel_end(tile);
+    return end * tile_bytes - (end - tile) * row_scale_bytes;
   }
 };
 
@@ -109,13 +149,18 @@ ELUTQ_INLINE uint32_t read_block(const uint8_t* row, int64_t block, int64_t row_
 /// One group of one tile. Rows from `rows` on read as zero.
 void pack_group(const HlqView& matrix, const Layout& layout, int64_t first, int64_t rows, int64_t group, uint8_t* to) {
   const HlqShape& shape = matrix.shape;
-  uint16_t parameters[kMaxBits + 1][kTileRows] = {};
+  const auto* scales = static_cast<const uint8_t*>(matrix.scales);
+  const auto* zeros = static_cast<const uint8_t*>(matrix.zeros);
+  const auto param_bytes = static_cast<size_t>(layout.param_bytes);
+  std::memset(to, 0, static_cast<size_t>(layout.parameter_bytes));
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t index = (first + r) * layout.groups + group;
-    for (int64_t p = 0; p < layout.bits; ++p) parameters[p][r] = matrix.scales[index * layout.bits + p];
-    parameters[layout.bits][r] = matrix.zeros[index];
+    const auto put = [&](int64_t p, const uint8_t* from, int64_t i) {
+      std::memcpy(to + (p * kTileRows + r) * layout.param_bytes, from + i * layout.param_bytes, param_bytes);
+    };
+    for (int64_t p = 0; p < layout.bits; ++p) put(p, scales, index * layout.bits + p);
+    put(layout.bits, zeros, index);
   }
-  std::memcpy(to, parameters, static_cast<size_t>(layout.parameter_bytes));
 
   const int64_t row_bytes = (shape.in_features + 7) / 8;
   const int64_t first_block = group * layout.group_blocks;
@@ -135,33 +180,58 @@ void pack_group(const HlqView& matrix, const Layout& layout, int64_t first, int6
   }
 }
 
+/// The row scales of one tile as fp32. Rows from `rows` on read as zero.
+void pack_row_scales(const HlqView& matrix, int64_t first, int64_t rows, uint8_t* to) {
+  uint16_t halves[kTileRows] = {};
+  std::memcpy(halves, matrix.row_scales + first, static_cast<size_t>(rows) * sizeof(uint16_t));
+  for (int r = 0; r < kTileRows; r += kLanes) {
+    float scales[kLanes];
+    store(load_half(halves + r), scales);
+    std::memcpy(to + r * sizeof(float), scales, sizeof scales);
+  }
+}
+
 void pack(const HlqView& matrix, int64_t row_begin, int64_t row_end, uint8_t* packed) {
   const Layout layout(matrix.shape);
   for (int64_t first = row_begin; first < row_end; first += kTileRows) {
+    const int64_t tile = first / kTileRows;
+    const int64_t rows = min_of(kTileRows, row_end - first);
     for (int64_t group = 0; group < layout.groups; ++group) {
-      pack_group(matrix, layout, first, min_of(kTileRows, row_end - first), group,
-                 packed + layout.offset(first / kTileRows, group));
+      pack_group(matrix, layout, first, rows, group, packed + layout.offset(tile, group));
     }
+    if (layout.row_scale_bytes != 0) pack_row_scales(matrix, first, rows, packed + layout.row_scales_offset(tile));
   }
 }
 
 /// Columns [begin, end) of a row as fp32; begin is a multiple of 32.
+template <int param_bits>
 void unpack_columns(const Layout& layout, const uint8_t* packed, int64_t row, int64_t begin, int64_t end,
                     float* weights) {
+  using Stored = Parameters<param_bits>;
   const int r = static_cast<int>(row % kTileRows);
+  Floats row_scale = splat(1.0f);
+  if constexpr (param_bits == 8) {
+    float scale;
+    std::memcpy(&scale, packed + layout.row_scales_offset(row / kTileRows) + r * sizeof scale, sizeof scale);
+    row_scale = splat(scale);
+  }
   for (int64_t column = begin; column < end; column += kBlockColumns) {
     const int64_t block = column / kBlockColumns;
     const int64_t group = block / layout.group_blocks;
     const uint8_t* parameters = packed + layout.offset(row / kTileRows, group);
     const uint8_t* planes =
         parameters + layout.parameter_bytes + (block - group * layout.group_blocks) * layout.block_bytes;
-    Floats low = splat_half(parameters + (layout.bits * kTileRows + r) * 2);
+    Floats low = Stored::splat_zero(parameters + (layout.bits * kTileRows + r) * Stored::kBytes);
     Floats high = low;
     for (int64_t p = 0; p < layout.bits; ++p) {
-      const Floats scale = splat_half(parameters + (p * kTileRows + r) * 2);
+      const Floats scale = Stored::splat_scale(parameters + (p * kTileRows + r) * Stored::kBytes);
       const uint32_t columns = unpair_slots(Lookup::get(planes + layout.plane_offset(p, r), r % kStripRows));
       low = fma(scale, from_bits(columns & 0xffffu), low);
       high = fma(scale, from_bits(columns >> 16), high);
+    }
+    if constexpr (param_bits == 8) {
+      low = row_scale * low;
+      high = row_scale * high;
     }
     float* to = weights + (column - begin);
     const int64_t left = end - column;
@@ -178,7 +248,8 @@ void unpack_columns(const Layout& layout, const uint8_t* packed, int64_t row, in
 }
 
 void unpack_row(const HlqShape& shape, const uint8_t* packed, int64_t row, float* weights) {
-  unpack_columns(Layout(shape), packed, row, 0, shape.in_features, weights);
+  const auto unpack = shape.param_bits == 8 ? unpack_columns<8> : unpack_columns<16>;
+  unpack(Layout(shape), packed, row, 0, shape.in_features, weights);
 }
 
 }  // namespace

@@ -46,6 +46,9 @@ inline Floats load_bfloat16(const void* from) {
 inline Floats load_int8(const void* from) {
   return per_lane([from](int i) { return static_cast<float>(static_cast<const int8_t*>(from)[i]); });
 }
+inline Floats load_uint8(const void* from) {
+  return per_lane([from](int i) { return static_cast<float>(static_cast<const uint8_t*>(from)[i]); });
+}
 inline void store_half(const Floats& v, uint16_t* to) {
   for (int i = 0; i < 16; ++i) to[i] = float_to_half(v.lane[i]);
 }

@@ -38,7 +38,7 @@ class ExpectedTensor:
 
 @dataclass(frozen=True)
 class Part:
-    """A matrix or vector of a model, stored in one tensor or, quantized, in three.
+    """A matrix or vector of a model, stored in one tensor or, quantized, in three or four.
 
     Attributes:
         name: module name of a matrix, full tensor name of a norm or bias.
@@ -101,14 +101,18 @@ def module_schemes(engine: EngineConfig, scheme: ModelScheme | None) -> dict[str
 
 
 def hlq_tensors(linear: LinearSpec, scheme: QuantScheme) -> dict[str, ExpectedTensor]:
-    """The three tensors of a quantized module, by name."""
+    """The tensors of a quantized module, by name."""
     name, rows, columns = linear
     groups = scheme.groups(columns)
-    return {
+    in_bytes = scheme.param_bits == 8
+    tensors = {
         f"{name}.planes": ExpectedTensor(("U8",), (scheme.bits, rows, -(-columns // 8))),
-        f"{name}.scales": ExpectedTensor(("F16",), (rows, groups, scheme.bits)),
-        f"{name}.zeros": ExpectedTensor(("F16",), (rows, groups)),
+        f"{name}.scales": ExpectedTensor(("U8" if in_bytes else "F16",), (rows, groups, scheme.bits)),
+        f"{name}.zeros": ExpectedTensor(("I8" if in_bytes else "F16",), (rows, groups)),
     }
+    if in_bytes:
+        tensors[f"{name}.row_scales"] = ExpectedTensor(("F16",), (rows,))
+    return tensors
 
 
 def model_parts(engine: EngineConfig, scheme: ModelScheme | None) -> list[Part]:

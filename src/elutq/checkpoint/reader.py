@@ -32,7 +32,7 @@ class Checkpoint:
         linears: module name -> its name and shape: embedding, block linears, routers and, unless it is tied,
             the head.
         scheme: how the model is quantized, None for a 16- or 32-bit model.
-        schemes: quantized module name -> its bits and group size; empty for a 16- or 32-bit model.
+        schemes: quantized module name -> how it is quantized; empty for a 16- or 32-bit model.
     """
 
     path: Path
@@ -100,7 +100,7 @@ class Checkpoint:
         return self._file(name).tensors[name]
 
     def read(self, name: str, rows: slice = _ALL, columns: slice = _ALL) -> NDArray[Any]:
-        """A part of a tensor as a view on the file: float32, float16, `ml_dtypes.bfloat16` or uint8.
+        """A part of a tensor as a view on the file: float32, float16, `ml_dtypes.bfloat16`, uint8 or int8.
 
         Args:
             name: the tensor.
@@ -121,8 +121,8 @@ class Checkpoint:
             TensorDtypeError: it does not hold floating-point values.
         """
         array = self.read(name, rows, columns)
-        if array.dtype == np.uint8:
-            raise TensorDtypeError(f"{name} in {self.path} is U8, not a floating-point tensor")
+        if array.dtype.kind in "ui":
+            raise TensorDtypeError(f"{name} in {self.path} is {array.dtype}, not a floating-point tensor")
         if array.dtype.name == "bfloat16":  # the upper half of a float32; several times faster than a cast
             return np.left_shift(array.view(np.uint16), np.uint32(16), dtype=np.uint32).view(np.float32)
         return array.astype(np.float32, copy=False)
@@ -132,7 +132,8 @@ class Checkpoint:
 
         Raises:
             MissingTensorError: the module is not quantized in this folder.
-            TensorValueError: a scale or zero is not finite, or a padding bit is set.
+            TensorValueError: a scale or zero is not finite, a row scale is neither positive nor 0 for a row
+                of zeros, or a padding bit is set.
         """
         if module not in self.schemes:
             raise MissingTensorError(
@@ -145,11 +146,20 @@ class Checkpoint:
             zeros=self.read(f"{module}.zeros"),
             in_features=in_features,
             group_size=self.schemes[module].group_size,
+            row_scales=self.read(f"{module}.row_scales") if self.schemes[module].param_bits == 8 else None,
         )
-        for part, values in (("scales", matrix.scales), ("zeros", matrix.zeros)):
-            if (values.view(np.uint16) & 0x7FFF).max() >= 0x7C00:  # 50 times as fast as isfinite
+        for part, values in matrix.arrays.items():
+            # 50 times as fast as isfinite
+            if values.dtype == np.float16 and (values.view(np.uint16) & 0x7FFF).max() >= 0x7C00:
                 raise TensorValueError(
                     f"{module}.{part} in {self.path} holds NaN or infinity; the file is damaged"
+                )
+        if matrix.row_scales is not None:
+            empty = matrix.row_scales == 0
+            if np.signbit(matrix.row_scales).any() or matrix.scales[empty].any() or matrix.zeros[empty].any():
+                raise TensorValueError(
+                    f"{module}.row_scales in {self.path} must be positive, or 0 for a row of zeros; "
+                    "the file is damaged"
                 )
         used = in_features % 8
         if used and (matrix.planes[..., -1] >> used).any():

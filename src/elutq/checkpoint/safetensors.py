@@ -52,6 +52,7 @@ ITEM_BYTES: Mapping[str, int] = {
 #: dtypes whose values can be read.
 NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F32": np.dtype("<f4"),

@@ -351,6 +351,14 @@ def weight_bytes(tensors: Sequence[TensorSpec], shard_bytes: int) -> int:
     return sum(shard.nbytes for shard in _plan_shards(tensors, shard_bytes))
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file, or replace it, at once: whoever reads it sees the old content or the new."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    _sync_path(partial)
+    os.rename(partial, path)
+
+
 def check_replaceable(out: Path, overwrite: bool) -> None:
     """A model may be put where there is nothing, an empty folder, or an HLQ model that is to be overwritten.
 

@@ -21,6 +21,7 @@ def bench(
     ] = None,
     bits: Annotated[int, typer.Option("--bits", "-b", help="With --shape: bits per weight, 1 to 4.")] = 2,
     group_size: Annotated[int, typer.Option(help="With --shape: weights that share scales.")] = 128,
+    param_bits: Annotated[int, typer.Option(help="With --shape: bits of a scale or zero, 16 or 8.")] = 16,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
     gen: Annotated[int, typer.Option(help="Tokens to generate after it.")] = 64,
     batch: Annotated[int, typer.Option(help="Sequences that run together; speeds are of all of them.")] = 1,
@@ -43,7 +44,7 @@ def bench(
         raise InvalidArgumentError("give either a model folder or --shape, e.g. --shape llama-2-7b")
     with progress_bar() as progress:
         progress(0, repeat, f"loading {model or shape}")
-        subject, scheme = _load(model, shape, bits, group_size, threads, isa, kv_cache)
+        subject, scheme = _load(model, shape, bits, group_size, param_bits, threads, isa, kv_cache)
         result = run(
             subject,
             scheme,
@@ -65,6 +66,7 @@ def _load(
     shape: str | None,
     bits: int,
     group_size: int,
+    param_bits: int,
     threads: int | None,
     isa: str | None,
     kv_cache: Literal["fp16", "int8"],
@@ -74,8 +76,9 @@ def _load(
     from elutq.scheme import QuantScheme
 
     if shape is not None:
-        scheme = QuantScheme(bits, group_size)
-        return random_model(shape, bits, group_size, threads=threads, isa=isa, kv_cache=kv_cache), scheme
+        scheme = QuantScheme(bits, group_size, param_bits)
+        drawn = random_model(shape, bits, group_size, param_bits, threads=threads, isa=isa, kv_cache=kv_cache)
+        return drawn, scheme
     assert model is not None
     with Checkpoint.open(model) as checkpoint:
         default = None if checkpoint.scheme is None else checkpoint.scheme.default

@@ -33,6 +33,9 @@ def quantize(
     target_size: Annotated[
         str | None, typer.Option(help="The same for the size of the weight files, such as 2.0GB or 800MB.")
     ] = None,
+    param_bits: Annotated[
+        int, typer.Option(help="Bits of a scale or zero: 16, or 8 under one factor per row.")
+    ] = 16,
     method: Annotated[
         str,
         typer.Option(
@@ -114,6 +117,7 @@ def quantize(
             group_size=group_size,
             target_bpw=target_bpw,
             target_bytes=None if target_size is None else parse_size(target_size),
+            param_bits=param_bits,
             method=method,
             importance=importance,
             lm_head_bits=lm_head_bits,

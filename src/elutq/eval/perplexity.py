@@ -8,6 +8,7 @@ from those before it. A shorter rest at the end is left out, unless it is all th
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +34,7 @@ class Evaluation:
         perplexity: exp(nll).
         tokens: tokens predicted.
         context: tokens in a window.
+        nll_increase: nll less the reference's, or None without a reference.
         kl: mean KL(reference || model), or None without a reference.
         top1_agreement: share of positions where both models rank the same token first, or None.
     """
@@ -41,8 +43,59 @@ class Evaluation:
     perplexity: float
     tokens: int
     context: int
+    nll_increase: float | None = None
     kl: float | None = None
     top1_agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was measured of each predicted token, in nats; arrays are float64 [windows, context - 1].
+
+    Entry t of a window is about its token t + 1, predicted from those up to t.
+
+    Attributes:
+        context: tokens in a window.
+        nll: negative log-likelihood.
+        reference_nll: the reference's, or None without a reference.
+        kl: KL(reference || model), or None.
+        agreed: 1 where both models rank the same token first, else 0, or None.
+    """
+
+    context: int
+    nll: NDArray[np.float64]
+    reference_nll: NDArray[np.float64] | None = None
+    kl: NDArray[np.float64] | None = None
+    agreed: NDArray[np.float64] | None = None
+
+    def evaluation(self, first: int = 1) -> Evaluation:
+        """Means over the tokens from `first` on of each window.
+
+        Args:
+            first: 1 for all that have a token before them; `context // 2 + 1` for those that llama.cpp's
+                `llama-perplexity` scores.
+
+        Raises:
+            TensorValueError: the model's logits were not finite.
+        """
+
+        def mean(values: NDArray[np.float64]) -> float:
+            return float(values[:, first - 1 :].mean())
+
+        nll = mean(self.nll)
+        if not math.isfinite(nll):
+            raise TensorValueError(
+                "the model's logits are not finite: its weights are damaged; fetch or quantize it again"
+            )
+        return Evaluation(
+            nll=nll,
+            perplexity=_perplexity(nll),
+            tokens=self.nll[:, first - 1 :].size,
+            context=self.context,
+            nll_increase=None if self.reference_nll is None else nll - mean(self.reference_nll),
+            kl=None if self.kl is None else mean(self.kl),
+            top1_agreement=None if self.agreed is None else mean(self.agreed),
+        )
 
 
 def evaluate(
@@ -83,16 +136,36 @@ def evaluate_all(
     max_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Evaluation]:
-    """`evaluate` for several models with one tokenizer; the reference runs only once."""
+    """`evaluate` for several models with one tokenizer; the reference runs only once.
+
+    All models are in memory together and step side by side: a text's logits of one model alone would be too
+    many to keep for the next (8192 tokens and a vocabulary of 128k make 4 GB).
+    """
+    scores = score_all(
+        models, token_ids, context, reference=reference, max_tokens=max_tokens, progress=progress
+    )
+    return [found.evaluation() for found in scores]
+
+
+def score_all(
+    models: Sequence["LanguageModel"],
+    token_ids: Sequence[int],
+    context: int,
+    *,
+    reference: "LanguageModel | None" = None,
+    max_tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Scores]:
+    """What `evaluate_all` takes the means of, token by token. Arguments and errors are the same."""
     everyone = [*models, *([reference] if reference is not None else [])]
     _check(everyone, context)
     windows = split_windows(token_ids, context, max_tokens)
     per_step = max(1, _LOGITS_BYTES // (4 * models[0].config.vocab_size))
     batch = max(1, per_step // context)
-    tallies = [_Tally() for _ in models]
+    length = windows.shape[1] - 1  # the last token of a window predicts nothing
+    figures = np.empty((len(models), 1 if reference is None else 4, len(windows), length))
     for first in range(0, len(windows), batch):
         group = windows[first : first + batch]
-        length = group.shape[1] - 1  # the last token of a window predicts nothing
         sequences = [[model.new_sequence() for _ in group] for model in everyone]
         for start in range(0, length, per_step):
             stop = min(start + per_step, length)
@@ -105,12 +178,35 @@ def evaluate_all(
                 for model, own in zip(everyone, sequences, strict=True)
             ]
             expected = logits.pop() if reference is not None else None
-            for tally, own_logits in zip(tallies, logits, strict=True):
+            for own_figures, own_logits in zip(figures, logits, strict=True):
                 for i, window_targets in enumerate(targets):
-                    tally.add(own_logits[i], window_targets, None if expected is None else expected[i])
+                    own_figures[:, first + i, start:stop] = _score(
+                        own_logits[i], window_targets, None if expected is None else expected[i]
+                    )
         if progress is not None:
             progress((first + len(group)) * length, len(windows) * length)
-    return [tally.evaluation(context) for tally in tallies]
+    return [Scores(context, *own_figures) for own_figures in figures]
+
+
+def mean_evaluation(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """The mean over texts of equal weight, however long they are.
+
+    Args:
+        evaluations: of one model, with one context and one reference or none; at least one.
+
+    Returns:
+        Means of every figure; perplexity is that of the mean nll, and tokens are added up.
+    """
+    nll = fmean(found.nll for found in evaluations)
+    return Evaluation(
+        nll=nll,
+        perplexity=_perplexity(nll),
+        tokens=sum(found.tokens for found in evaluations),
+        context=evaluations[0].context,
+        nll_increase=_mean([found.nll_increase for found in evaluations]),
+        kl=_mean([found.kl for found in evaluations]),
+        top1_agreement=_mean([found.top1_agreement for found in evaluations]),
+    )
 
 
 def split_windows(token_ids: Sequence[int], context: int, max_tokens: int | None = None) -> NDArray[np.int64]:
@@ -140,49 +236,39 @@ def _check(models: Sequence["LanguageModel"], context: int) -> None:
             )
 
 
-class _Tally:
-    """Running sums over positions, in float64."""
+def _score(
+    logits: NDArray[np.float32], targets: NDArray[np.int64], reference: NDArray[np.float32] | None
+) -> NDArray[np.float64]:
+    """The arrays of `Scores` for n positions: logits and reference [n, vocab], targets [n]."""
+    figures = np.empty((1 if reference is None else 4, len(targets)))
+    block = max(1, _BLOCK_VALUES // logits.shape[1])
+    for i in range(0, len(targets), block):
+        rows = slice(i, i + block)
+        log_p = _log_softmax(logits[rows])
+        figures[0, rows] = -_picked(log_p, targets[rows])
+        if reference is not None:
+            log_q = _log_softmax(reference[rows])
+            figures[1, rows] = -_picked(log_q, targets[rows])
+            figures[3, rows] = log_p.argmax(axis=1) == log_q.argmax(axis=1)
+            np.subtract(log_q, log_p, out=log_p)
+            np.exp(log_q, out=log_q)
+            figures[2, rows] = np.einsum("nv,nv->n", log_q, log_p)
+    return figures
 
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.nll = 0.0
-        self.kl = 0.0
-        self.agreed = 0
-        self.compared = False
 
-    def add(
-        self, logits: NDArray[np.float32], targets: NDArray[np.int64], reference: NDArray[np.float32] | None
-    ) -> None:
-        """Count n positions: logits and reference [n, vocab], targets [n]."""
-        block = max(1, _BLOCK_VALUES // logits.shape[1])
-        for i in range(0, len(targets), block):
-            rows = slice(i, i + block)
-            log_p = _log_softmax(logits[rows])
-            picked = np.take_along_axis(log_p, targets[rows, None], axis=1)
-            self.nll -= float(picked.sum(dtype=np.float64))
-            if reference is not None:
-                log_q = _log_softmax(reference[rows])
-                self.agreed += int((log_p.argmax(axis=1) == log_q.argmax(axis=1)).sum())
-                np.subtract(log_q, log_p, out=log_p)
-                np.exp(log_q, out=log_q)
-                self.kl += float(np.einsum("nv,nv->n", log_q, log_p).sum(dtype=np.float64))
-        self.tokens += len(targets)
-        self.compared |= reference is not None
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where there was no reference."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
-    def evaluation(self, context: int) -> Evaluation:
-        nll = self.nll / self.tokens
-        if not math.isfinite(nll):
-            raise TensorValueError(
-                "the model's logits are not finite: its weights are damaged; fetch or quantize it again"
-            )
-        return Evaluation(
-            nll=nll,
-            perplexity=math.exp(min(nll, 700.0)),  # beyond, a float overflows
-            tokens=self.tokens,
-            context=context,
-            kl=self.kl / self.tokens if self.compared else None,
-            top1_agreement=self.agreed / self.tokens if self.compared else None,
-        )
+
+def _perplexity(nll: float) -> float:
+    return math.exp(min(nll, 700.0))  # beyond, a float overflows
+
+
+def _picked(log_p: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Entry `targets[n]` of each row: log_p [n, vocab]."""
+    return np.take_along_axis(log_p, targets[:, None], axis=1)[:, 0]
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:

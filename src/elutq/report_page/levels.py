@@ -10,8 +10,9 @@ from elutq import hlq
 from elutq.architectures import EMBEDDING, HEAD
 from elutq.checkpoint import Checkpoint
 from elutq.errors import InvalidArgumentError
-from elutq.packing import HlqMatrix
+from elutq.packing import HlqMatrix, patterns
 from elutq.report import SquaredError
+from elutq.rotation import RotatedCheckpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,8 @@ class LevelHistogram:
         weights: the original ones, float32 [columns].
         hlq_levels: of the quantized model, ascending, float32 [2**bits].
         uniform_levels: of the best-clipped uniform grid, ascending, float32 [2**bits].
-        hlq_error: squared error over squared norm of the group as it is stored.
+        hlq_error: squared error over squared norm of the group, each weight at the nearest of its levels.
+            (Calibration chooses codes by what they do to outputs, so not all weights stand there.)
         uniform_error: the same of the uniform grid.
         weighed: whether both errors, and the choice of the uniform grid, weigh columns by importance.
     """
@@ -42,7 +44,7 @@ class LevelHistogram:
 
 
 def level_histograms(
-    source: Checkpoint,
+    source: Checkpoint | RotatedCheckpoint,
     quantized: Checkpoint,
     count: int = 4,
     *,
@@ -51,7 +53,7 @@ def level_histograms(
     """Groups from the first block to the last, from `q_proj` to `down_proj`.
 
     Of each matrix it is the group in the middle of the row in the middle, so none is chosen for its error.
-    Only those rows are read.
+    Only those rows of the original are read.
 
     Args:
         source: the original model.
@@ -90,18 +92,15 @@ def _spread(quantized: Checkpoint, count: int) -> list[str]:
 
 
 def _histogram(
-    source: Checkpoint, quantized: Checkpoint, module: str, importance: NDArray[np.float32] | None
+    source: Checkpoint | RotatedCheckpoint,
+    quantized: Checkpoint,
+    module: str,
+    importance: NDArray[np.float32] | None,
 ) -> LevelHistogram:
     scheme, linear = quantized.schemes[module], quantized.linears[module]
     row, group = linear.out_features // 2, scheme.groups(linear.in_features) // 2
     one_row = slice(row, row + 1)
-    stored = HlqMatrix(
-        planes=quantized.read(f"{module}.planes")[:, one_row],
-        scales=quantized.read(f"{module}.scales")[one_row],
-        zeros=quantized.read(f"{module}.zeros")[one_row],
-        in_features=linear.in_features,
-        group_size=scheme.group_size,
-    )
+    hlq_levels = _levels(quantized.read_hlq(module), row, group)
     width = scheme.columns_per_group(linear.in_features)
     columns = slice(group * width, (group + 1) * width)
     weights = source.read_float32(f"{module}.weight", one_row)[:, columns]
@@ -112,19 +111,26 @@ def _histogram(
         row=row,
         group=group,
         weights=weights[0].copy(),
-        hlq_levels=_levels(stored, group),
-        uniform_levels=_levels(uniform, 0),
-        hlq_error=_relative_error(weights, hlq.dequantize(stored)[:, columns], weighing),
+        hlq_levels=hlq_levels,
+        uniform_levels=_levels(uniform, 0, 0),
+        hlq_error=_relative_error(weights, _nearest(weights, hlq_levels), weighing),
         uniform_error=_relative_error(weights, hlq.dequantize(uniform), weighing),
         weighed=weighing is not None,
     )
 
 
-def _levels(matrix: HlqMatrix, group: int) -> NDArray[np.float32]:
-    """What the codes of a group of a one-row matrix stand for, ascending, float32 [2**bits]."""
-    patterns = (np.arange(2**matrix.bits)[:, None] >> np.arange(matrix.bits) & 1).astype(np.float32)
-    scales = matrix.scales[0, group].astype(np.float32)
-    return np.sort(matrix.zeros[0, group].astype(np.float32) + patterns @ scales)
+def _levels(matrix: HlqMatrix, row: int, group: int) -> NDArray[np.float32]:
+    """What the codes of a group stand for, ascending, float32 [2**bits]."""
+    scales = matrix.scales[row, group].astype(np.float32)
+    levels = matrix.zeros[row, group].astype(np.float32) + patterns(matrix.bits).astype(np.float32) @ scales
+    unit = np.float32(1 if matrix.row_scales is None else matrix.row_scales[row])
+    return np.sort(unit * levels)
+
+
+def _nearest(weights: NDArray[np.float32], levels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The level nearest to each weight."""
+    nearest: NDArray[np.float32] = levels[np.abs(weights[..., None] - levels).argmin(-1)]
+    return nearest
 
 
 def _relative_error(
