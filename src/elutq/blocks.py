@@ -115,6 +115,12 @@ class DecoderBlock:
                 spec.name: self._router for spec in routers(engine) if spec.name.startswith(prefix)
             }
 
+    def __call__(self, hidden: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """The residual stream after the block, [windows, length, hidden_size], from that before it."""
+        attended = self.attend(self.attention_input(hidden), positions, mask)
+        hidden = self.add_attention(hidden, attended)
+        return hidden + self.mlp(self.mlp_input(hidden))
+
     def attention_input(self, hidden: Tensor) -> Tensor:
         """What q_proj, k_proj and v_proj read, [windows, length, hidden_size]."""
         normalized: Tensor = self._input_norm(hidden)

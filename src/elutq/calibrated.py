@@ -83,7 +83,7 @@ class CalibratedJob:
         self._store = _Store(writer, {part.name: part for part in parts})
         self.blocks: list[BlockOutcome] = []
         self.estimate = estimate(source.engine, calibration, options, device, offload is not None)
-        _check_memory(self.estimate, offload is not None, device)
+        check_memory(self.estimate, offload is not None, device)
         embedding = self._store.get(EMBEDDING)
         self._walk = LayerwiseQuantizer(
             BlockReader(source, device),
@@ -185,7 +185,7 @@ def estimate(
         2.0 * linear.out_features * linear.in_features**2 * (1 + options.sweeps) for linear in first
     )
     columns = sum(linear.in_features * -(-linear.out_features // 4096) for linear in first)
-    per_block = operations / _speed(device) + columns * passes * _COLUMN_SECONDS
+    per_block = operations / speed(device) + columns * passes * _COLUMN_SECONDS
 
     widest = max(linear.in_features for linear in first)
     largest = max(linear.out_features * linear.in_features for linear in first)
@@ -202,7 +202,7 @@ def estimate(
     )
 
 
-def _speed(device: torch.device) -> float:
+def speed(device: torch.device) -> float:
     """Operations per second of a matrix product."""
     a = torch.ones((_PROBE, _PROBE), device=device)
     a @ a
@@ -211,7 +211,12 @@ def _speed(device: torch.device) -> float:
     return 2 * _PROBE**3 / (time.perf_counter() - started)
 
 
-def _check_memory(needed: Estimate, offload: bool, device: torch.device) -> None:
+def check_memory(needed: Estimate, offload: bool, device: torch.device) -> None:
+    """Compare what work needs with what is free.
+
+    Raises:
+        InsufficientMemoryError: it is more; says what would help.
+    """
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     if needed.memory_bytes > free:
         advice = (

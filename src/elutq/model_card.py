@@ -22,7 +22,7 @@ def model_card(
         source: the original model as it was given; a hub id becomes `base_model`.
         folder: where its files are. Language, license and, for a local folder, base model are taken from its
             own card.
-        settings: `quantization_config` and the method.
+        settings: `quantization_config`, the method, and the `target` size if there was one.
         summary: sizes and errors.
         chat: whether it is a model to talk with.
     """
@@ -36,7 +36,7 @@ def model_card(
         metadata |= {"base_model": name, "base_model_relation": "quantized"}
     elif "base_model" in original:
         metadata |= {"base_model": original["base_model"]}
-    bits = settings["bits"]
+    bits = f"{summary.linear_bits_per_weight:.3g}" if settings.get("target") else settings["bits"]
     tags = ["elutq", "hlq", f"{bits}-bit", *(["conversational"] if chat else [])]
     front_matter = ModelCardData(
         library_name="elutq",
@@ -45,7 +45,11 @@ def model_card(
         ignore_metadata_errors=True,
         **metadata,
     )
-    group = "whole rows" if settings["group_size"] == -1 else f"groups of {settings['group_size']} columns"
+    group = "in " + (
+        "whole rows" if settings["group_size"] == -1 else f"groups of {settings['group_size']} columns"
+    )
+    if settings.get("target"):
+        group = "per weight, each matrix by how much it matters"
     narrow = " with 8-bit scales" if settings.get("param_bits") == 8 else ""
     known = "" if "license" in metadata else " The original model's license applies."
     commands = [
@@ -55,7 +59,7 @@ def model_card(
     text = [
         f"# {name}, {bits}-bit HLQ",
         "",
-        f"{name} quantized to {bits} bits in {group}{narrow}, method `{settings['method']}`: "
+        f"{name} quantized to {bits} bits {group}{narrow}, method `{settings['method']}`: "
         f"{summary.linear_bits_per_weight:.3f} bits per weight in the decoder blocks, "
         f"{summary.bits_per_weight:.3f} over the whole model of {summary.params:,} weights.{known}",
         "",

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,15 @@ import numpy as np
 
 from elutq import __version__, hlq
 from elutq.architectures import EMBEDDING, HEAD, EngineConfig
+from elutq.budget import Target
 from elutq.calibration import SELF, Calibration, load_calibration
 from elutq.checkpoint import (
     DEFAULT_SHARD_BYTES,
     Checkpoint,
     CheckpointWriter,
     Part,
+    TensorInfo,
+    check_replaceable,
     model_parts,
     side_files,
     write_atomically,
@@ -40,6 +43,7 @@ from elutq.smoke import check_generation
 from elutq.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from elutq.allocation import Allocation
     from elutq.calibrated import CalibratedJob
     from elutq.gptq import SolverOptions
 
@@ -61,6 +65,8 @@ KEEP_BITS = 16
 LARGE_MATRIX = 1 << 24
 #: Tokens in a calibration window, where the model allows.
 DEFAULT_LENGTH = 2048
+#: Windows that are not calibrated on, but show what it was good for.
+HELD_OUT = 8
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ class QuantizationReport:
         outputs: module -> how its calibration went (`layerwise.Outcome`).
         blocks: error of the residual stream after each block (`layerwise.BlockOutcome`).
         nll: both models on windows held out of the calibration (`layerwise.HeldOut`), None without.
+        sensitivity: how much each matrix matters, and what it got (`Allocation.record`); None without a
+            target.
         generation: whether it still writes text (`smoke.GenerationCheck`), None without calibration.
         warnings: what is to be known of the result.
     """
@@ -98,6 +106,7 @@ class QuantizationReport:
     outputs: dict[str, dict[str, Any]]
     blocks: list[dict[str, Any]]
     nll: dict[str, Any] | None
+    sensitivity: dict[str, Any] | None
     generation: dict[str, Any] | None
     warnings: list[str]
 
@@ -110,8 +119,10 @@ def quantize(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    bits: int,
-    group_size: int = 128,
+    bits: int | None = None,
+    group_size: int | None = None,
+    target_bpw: float | None = None,
+    target_bytes: int | None = None,
     param_bits: int = 16,
     method: str = "hlq",
     lm_head_bits: int | None = None,
@@ -139,8 +150,12 @@ def quantize(
     Args:
         source: a local Hugging Face folder or a hub id.
         out: the folder to make.
-        bits: of the linear modules inside the decoder blocks, 1 to 4.
-        group_size: of the same; 32, 64, 128, 256, or -1 for a whole row.
+        bits: of the linear modules inside the decoder blocks, 1 to 4; by default 2.
+        group_size: of the same; 32, 64, 128, 256, or -1 for a whole row; by default 128.
+        target_bpw: instead of both, bits per weight that the decoder blocks may take, scales included. Each
+            of their matrices gets 2, 3 or 4 bits in groups of 64 or 128, by how much it matters
+            (`elutq.sensitivity`), which is measured on calibration text with any method.
+        target_bytes: or the size of all weight files, embedding and head included.
         param_bits: of a scale or zero, in all matrices that are quantized: 16, or 8 under one fp16 factor per
             row. With 8, `hlq.to_8bit` follows a method without calibration, and a uniform grid does not stay
             quite uniform; one with calibration rounds as it goes.
@@ -150,7 +165,7 @@ def quantize(
         embedding_bits: the same for the embedding.
         importance: weigh columns by `importance.input_importance`; by default for method "hlq" alone, so that
             the others stay what they are known as.
-        calibration: texts for a method that needs them, as in `elutq.calibration.load_calibration`.
+        calibration: texts for a method or target that needs them, as in `elutq.calibration.load_calibration`.
         calibration_samples: windows of text to calibrate on.
         calibration_length: tokens in a window; by default 2048, or the model's limit.
         calibration_seed: decides which windows of the texts are taken.
@@ -165,7 +180,8 @@ def quantize(
         announce: called with what a person may want to know before long work starts.
 
     Raises:
-        MissingDependencyError: a method with calibration, and torch or transformers are not installed.
+        MissingDependencyError: a method with calibration or a target, and torch or transformers are not
+            installed.
         InsufficientMemoryError: calibration would not fit into memory.
         InvalidArgumentError: an option is outside what is supported, or two contradict each other.
         TensorValueError: a tensor holds NaN or infinity, or values beyond fp16's range.
@@ -185,23 +201,47 @@ def quantize(
     if type(shard_bytes) is not int or shard_bytes < 1:
         raise InvalidArgumentError(f"shard_bytes must be a positive integer, not {shard_bytes!r}")
     announce = announce or (lambda text: None)
+    target = _target(bits, group_size, target_bpw, target_bytes)
+    blocks_scheme = QuantScheme(
+        2 if bits is None else bits, 128 if group_size is None else group_size, param_bits
+    )
     with Checkpoint.open(source) as original:
         if original.scheme is not None:
             raise InvalidArgumentError(f"{source} is quantized already; give the original model")
         checkpoint = RotatedCheckpoint(original) if rotate else original
-        blocks_scheme = QuantScheme(bits, group_size, param_bits)
         scheme = plan(checkpoint.engine, blocks_scheme, lm_head_bits, embedding_bits)
-        parts = model_parts(checkpoint.engine, scheme)
         found = {name: checkpoint.info(name) for name in checkpoint.names()}
-        data = None
+        allocation = data = None
+        if target:
+            allocation = _allocation(checkpoint, scheme, found, target, shard_bytes)
+            check_replaceable(Path(out), overwrite)  # long work comes before the writer
         if calibrated:
-            _require_torch(method)
+            _require_torch(f"method {method}")
             length = calibration_length or min(DEFAULT_LENGTH, checkpoint.engine.max_position_embeddings)
-            data = _calibration_data(checkpoint, calibration, calibration_samples, length, calibration_seed)
+            data = _calibration_data(
+                checkpoint, calibration, calibration_samples, length, HELD_OUT, calibration_seed
+            )
+        elif allocation:
+            length = min(calibration_length or allocation.length, checkpoint.engine.max_position_embeddings)
+            samples = max(allocation.windows, len(calibration))
+            data = _calibration_data(checkpoint, calibration, samples, length, 0, calibration_seed)
+        if allocation and data:
+            scheme = allocation.choose(
+                data.token_ids,
+                "hlq" if calibrated else method,
+                importance,
+                threads=threads,
+                device=device,
+                offload=offload,
+                out=Path(out).resolve(),
+                fingerprint=_fingerprint(checkpoint, None, method, importance, data),
+                announce=announce,
+            )
+        parts = model_parts(checkpoint.engine, scheme)
         writer = CheckpointWriter(
             out,
             [spec for part in parts for spec in part.specs(found)],
-            _fingerprint(checkpoint, scheme, method, importance, data),
+            _fingerprint(checkpoint, scheme, method, importance, data, solver),
             shard_bytes=shard_bytes,
             overwrite=overwrite,
         )
@@ -216,9 +256,9 @@ def quantize(
                 progress or (lambda done, total, name: None),
             )
             blocks = None
-            if data is not None:
+            if calibrated and data:
                 blocks = _quantize_blocks(
-                    checkpoint, writer, parts, job, data, method, device, offload, announce
+                    checkpoint, writer, parts, job, data, method, solver, device, offload, announce
                 )
             job.run(parts)
             nll = None if blocks is None else blocks.evaluate()
@@ -235,6 +275,7 @@ def quantize(
                     "method": method,
                     "importance": importance,
                     "rotate": rotate,
+                    "target": target and asdict(target),
                 },
                 versions={
                     "elutq": __version__,
@@ -250,8 +291,9 @@ def quantize(
                 outputs={} if blocks is None else {k: asdict(v) for k, v in blocks.outcomes().items()},
                 blocks=[] if blocks is None else [asdict(block) for block in blocks.blocks],
                 nll=None if nll is None else asdict(nll),
+                sensitivity=allocation.record if allocation else None,
                 generation=None,
-                warnings=[] if data is None or blocks is None else [*data.warnings, *blocks.warnings()],
+                warnings=[*(data.warnings if data else ()), *(blocks.warnings() if blocks else ())],
             )
             card = model_card(
                 os.fspath(source),
@@ -262,7 +304,9 @@ def quantize(
             )
             texts = {REPORT_FILE: report.to_json(), CARD_FILE: card}
             writer.finish(config, side_files(checkpoint.path), texts)
-        if data is not None:
+            if allocation:
+                allocation.forget()
+        if calibrated and data:
             report = _try_out(report, checkpoint, writer.out, data)
     return report
 
@@ -294,19 +338,47 @@ def _try_out(
     return report
 
 
-def _require_torch(method: str) -> None:
+def _target(
+    bits: int | None, group_size: int | None, target_bpw: float | None, target_bytes: int | None
+) -> Target | None:
+    if target_bpw is None and target_bytes is None:
+        return None
+    if bits is not None or group_size is not None:
+        raise InvalidArgumentError(
+            "a target size decides on bits and group sizes; leave bits and group_size out"
+        )
+    return Target(target_bpw, target_bytes)
+
+
+def _allocation(
+    checkpoint: Checkpoint | RotatedCheckpoint,
+    scheme: ModelScheme,
+    found: Mapping[str, TensorInfo],
+    target: Target,
+    shard_bytes: int,
+) -> "Allocation":
+    _require_torch("a target size")
+    from elutq.allocation import Allocation
+
+    return Allocation(checkpoint, scheme, found, target, shard_bytes)
+
+
+def _require_torch(what: str) -> None:
     try:
         import matplotlib  # noqa: F401
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError(
-            f"method {method} needs {error.name}: pip install 'elutq[quantize]'"
-        ) from error
+        raise MissingDependencyError(f"{what} needs {error.name}: pip install 'elutq[quantize]'") from error
 
 
 def _calibration_data(
-    checkpoint: Checkpoint | RotatedCheckpoint, sources: Sequence[str], samples: int, length: int, seed: int
+    checkpoint: Checkpoint | RotatedCheckpoint,
+    sources: Sequence[str],
+    samples: int,
+    length: int,
+    held_out: int,
+    seed: int,
 ) -> Calibration:
     limit = checkpoint.engine.max_position_embeddings
     if not 2 <= length <= limit:
@@ -318,6 +390,7 @@ def _calibration_data(
         Tokenizer.from_folder(checkpoint.path),
         samples=samples,
         length=length,
+        held_out=held_out,
         seed=seed,
         model=lambda: load(checkpoint.path, context=length),
     )
@@ -330,6 +403,7 @@ def _quantize_blocks(
     job: DataFreeJob,
     data: Calibration,
     method: str,
+    solver: "SolverOptions | None",
     device: str | None,
     offload: bool,
     announce: Callable[[str], None],
@@ -345,7 +419,7 @@ def _quantize_blocks(
         parts,
         writer,
         data,
-        SOLVERS[method],
+        solver or SOLVERS[method],
         device=chosen,
         offload=writer.out.parent if offload else None,
         progress=job.advance,
@@ -394,20 +468,22 @@ def plan(
 
 def _fingerprint(
     checkpoint: Checkpoint | RotatedCheckpoint,
-    scheme: ModelScheme,
+    scheme: ModelScheme | None,
     method: str,
     importance: bool,
     data: Calibration | None,
+    solver: "SolverOptions | None" = None,
 ) -> str:
-    """Names the source's content and every setting that the result depends on."""
+    """Names the source's content and every setting that the result depends on; `scheme` if it is known."""
     return json.dumps(
         {
             "elutq": __version__,
             "method": method,
             "importance": importance,
             "calibration": None if data is None else data.record,
+            "solver": None if solver is None else asdict(solver),
             "rotation": checkpoint.seed if isinstance(checkpoint, RotatedCheckpoint) else None,
-            "scheme": scheme.to_config(),
+            "scheme": None if scheme is None else scheme.to_config(),
             "config": checkpoint.config,
             "files": checkpoint.files(),
         },

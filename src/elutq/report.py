@@ -104,15 +104,19 @@ def summarize(
     by_kind: dict[str, list[TensorSummary]] = {}
     for tensor in tensors:
         by_kind.setdefault(tensor.kind, []).append(tensor)
-    in_blocks = [tensor for tensor in tensors if len(tensor.shape) == 2 and tensor.kind not in _OUTER_KINDS]
     return ModelSummary(
         params=sum(tensor.params for tensor in tensors),
         nbytes=sum(tensor.nbytes for tensor in tensors),
         bits_per_weight=_bits_per_weight(tensors),
-        linear_bits_per_weight=_bits_per_weight(in_blocks),
+        linear_bits_per_weight=_bits_per_weight(in_blocks(tensors)),
         kinds=tuple(_summarize_kind(kind, members, errors) for kind, members in by_kind.items()),
         tensors=tuple(tensors),
     )
+
+
+def in_blocks(tensors: Iterable[TensorSummary]) -> list[TensorSummary]:
+    """The matrices inside the decoder blocks, routers included."""
+    return [tensor for tensor in tensors if len(tensor.shape) == 2 and tensor.kind not in _OUTER_KINDS]
 
 
 def describe(source: str | os.PathLike[str]) -> dict[str, Any]:

@@ -101,6 +101,13 @@ def test_inspect(quantized: Path) -> None:
         (("quantize", MODEL, "-o", "{tmp}/out", "--param-bits", 4), "param_bits must be 16 or 8, not 4"),
         (("quantize", MODEL, "-o", "{tmp}/out", "--method", "best"), "method must be one of hlq"),
         (("quantize", MODEL, "-o", "{tmp}/out", "--embedding-bits", 9), "embedding_bits"),
+        (("quantize", MODEL, "-o", "{tmp}/out", "--target-bpw", 2.1), "from 2.375 to 5.25 bits per weight"),
+        (("quantize", MODEL, "-o", "{tmp}/out", "--target-size", "1.5kB"), "the target is too small"),
+        (("quantize", MODEL, "-o", "{tmp}/out", "--target-size", "2G"), "write it like 2.0GB"),
+        (
+            ("quantize", MODEL, "-o", "{tmp}/out", "--target-bpw", 3, "--bits", 2),
+            "leave bits and group_size out",
+        ),
         (("quantize", MODEL, "-o", "{tmp}"), "{tmp}"),
         (("quantize", "{quantized}", "-o", "{tmp}/out"), "is quantized already"),
     ],

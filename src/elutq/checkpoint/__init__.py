@@ -4,7 +4,13 @@ from elutq.checkpoint.contents import Part, hlq_tensors, model_parts
 from elutq.checkpoint.folder import HUB_ID, read_generation_config, side_files
 from elutq.checkpoint.reader import Checkpoint
 from elutq.checkpoint.safetensors import TensorInfo, TensorSpec
-from elutq.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, write_atomically
+from elutq.checkpoint.writer import (
+    DEFAULT_SHARD_BYTES,
+    CheckpointWriter,
+    check_replaceable,
+    weight_bytes,
+    write_atomically,
+)
 
 __all__ = [
     "DEFAULT_SHARD_BYTES",
@@ -14,9 +20,11 @@ __all__ = [
     "Part",
     "TensorInfo",
     "TensorSpec",
+    "check_replaceable",
     "hlq_tensors",
     "model_parts",
     "read_generation_config",
     "side_files",
+    "weight_bytes",
     "write_atomically",
 ]

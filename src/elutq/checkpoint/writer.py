@@ -346,6 +346,11 @@ class CheckpointWriter:
         self._files, self._journal = [], -1
 
 
+def weight_bytes(tensors: Sequence[TensorSpec], shard_bytes: int) -> int:
+    """Size of the weight files that a writer with these arguments makes, headers included."""
+    return sum(shard.nbytes for shard in _plan_shards(tensors, shard_bytes))
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file, or replace it, at once: whoever reads it sees the old content or the new."""
     partial = path.with_name(f".{path.name}.partial")

@@ -14,11 +14,25 @@ def quantize(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder to write.")],
     bits: Annotated[
-        int, typer.Option("--bits", "-b", help="Bits per weight of the decoder blocks: 1 to 4.")
-    ] = 2,
+        int | None,
+        typer.Option("--bits", "-b", help="Bits per weight of the decoder blocks: 1 to 4; by default 2."),
+    ] = None,
     group_size: Annotated[
-        int, typer.Option(help="Weights that share scales: 32, 64, 128, 256, or -1 for a whole row.")
-    ] = 128,
+        int | None,
+        typer.Option(
+            help="Weights that share scales: 32, 64, 128, 256, or -1 for a whole row; by default 128."
+        ),
+    ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of both: bits per weight of the decoder blocks, scales included. Each matrix gets "
+            "2 to 4 bits by how much it matters, which is measured on calibration text."
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None, typer.Option(help="The same for the size of the weight files, such as 2.0GB or 800MB.")
+    ] = None,
     param_bits: Annotated[
         int, typer.Option(help="Bits of a scale or zero: 16, or 8 under one factor per row.")
     ] = 16,
@@ -90,6 +104,7 @@ def quantize(
     """
     from dataclasses import asdict
 
+    from elutq.budget import parse_size
     from elutq.cli.console import announce, magnitude, megabytes, print_json, progress_bar, show
     from elutq.cli.tables import kinds_table
     from elutq.quantize import quantize as run
@@ -100,6 +115,8 @@ def quantize(
             out,
             bits=bits,
             group_size=group_size,
+            target_bpw=target_bpw,
+            target_bytes=None if target_size is None else parse_size(target_size),
             param_bits=param_bits,
             method=method,
             importance=importance,

@@ -42,7 +42,10 @@ def mixed_bits(report: Mapping[str, Any]) -> ByKind:
 def title(report: Mapping[str, Any]) -> str:
     """The model's name and its bits."""
     settings = report["settings"]
-    return f"{PurePath(report['source']).name or report['source']}, {settings['bits']}-bit HLQ"
+    bits = settings["bits"]
+    if settings.get("target"):
+        bits = f"{report['summary']['linear_bits_per_weight']:.3g}"
+    return f"{PurePath(report['source']).name or report['source']}, {bits}-bit HLQ"
 
 
 def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
