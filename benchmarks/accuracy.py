@@ -1,14 +1,14 @@
 """What quantization costs: KL divergence from the original and increase in nll, per method and bit width.
 
     python benchmarks/accuracy.py MODEL --text FILE [FILE ...] [--bits 2 3 4] [--methods rtn uniform ao hlq]
-    python benchmarks/accuracy.py MODEL --text FILE [...] --methods gptq ao-gptq hlq-gptq --calibration FILE [...]
+    python benchmarks/accuracy.py MODEL --text FILE [...] --methods gptq hlq-gptq --calibration FILE [...]
     python benchmarks/accuracy.py MODEL --text FILE [...] --ablation --bits 2 --calibration FILE [...]
 
 Every block linear of MODEL is quantized, embedding and head are left alone. Each text is cut into windows of
 --ctx tokens and only its first --max-tokens count; figures are the mean over the texts, in nats per token.
 `+importance` marks methods whose columns are weighed (`elutq.importance`). Methods with calibration see 128
-windows of --ctx tokens, as many from each of the calibration texts. `--ablation` runs hlq-gptq with one option of
-its solver changed at a time. Prints one JSON object, and each of its results to stderr as it comes.
+windows of --ctx tokens, as many from each of the calibration texts. `--ablation` runs hlq-gptq with one option
+of its solver changed at a time. Prints one JSON object, and each of its results to stderr as it comes.
 """
 
 import argparse
