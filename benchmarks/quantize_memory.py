@@ -1,6 +1,7 @@
-"""Peak memory and speed of `elutq quantize` on a folder with the shapes of LLaMA-2-7B, made for the purpose.
+"""Peak memory and speed of `elutq quantize` on a folder with the shapes of a known model, made for the purpose.
 
-    python benchmarks/quantize_memory.py --work /tmp/quantize-memory [--layers 32] [--bits 2]
+    python benchmarks/quantize_memory.py --work /tmp/quantize-memory [--shape llama-2-7b] [--layers 32] [--bits 2]
+    python benchmarks/quantize_memory.py --work /tmp/quantize-memory --layers 2 --method hlq-gptq --calibration FILE
 
 The weights are one random block repeated. Quantization runs in a process of its own, whose memory is sampled
 from /proc: anonymous memory, which only the process can give back, and resident memory, which adds the file
@@ -23,6 +24,7 @@ import numpy as np
 
 from elutq.architectures import engine_config
 from elutq.checkpoint import CheckpointWriter, TensorSpec, model_parts
+from elutq.models import bundled_model
 from elutq.runtime import cpu_name
 
 LLAMA_2_7B: Mapping[str, Any] = {
@@ -41,6 +43,19 @@ LLAMA_2_7B: Mapping[str, Any] = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "llama-2-7b": LLAMA_2_7B,
+    "llama-3.2-1b": {
+        **LLAMA_2_7B,
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 8,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+    },
+}
 
 
 def write_model(folder: Path, config: Mapping[str, Any]) -> int:
@@ -56,7 +71,8 @@ def write_model(folder: Path, config: Mapping[str, Any]) -> int:
                 writer.write(spec.name, block[: min(block.size, size - begin)], at=begin)
             writer.commit(spec.name, [spec.name], {})
             total += size
-        writer.finish(config)
+        # Any tokenizer of a smaller vocabulary will do to calibrate.
+        writer.finish(config, bundled_model().glob("tokenizer*.json"))
     return total
 
 
@@ -78,10 +94,13 @@ def sample_memory(command: list[str]) -> tuple[dict[str, int], float]:
 
 
 QUANTIZE = """
-import sys
+import json, sys
 from elutq.quantize import quantize
 
-quantize(sys.argv[1], sys.argv[2], bits=int(sys.argv[3]), threads=int(sys.argv[4]), overwrite=True)
+def announce(text):
+    print(text, file=sys.stderr)
+
+quantize(sys.argv[1], sys.argv[2], announce=announce, overwrite=True, **json.loads(sys.argv[3]))
 """
 
 
@@ -91,26 +110,46 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for the models; the source is kept")
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
+    parser.add_argument("--layers", type=int, help="blocks; by default all that the shape has")
     parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--method", default="hlq")
+    parser.add_argument("--calibration", nargs="+", default=["self"])
+    parser.add_argument("--calibration-samples", type=int, default=128)
+    parser.add_argument("--calibration-length", type=int, default=512)
+    parser.add_argument("--offload", action="store_true")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
 
-    source = options.work / f"llama-2-7b-{options.layers}-layers"
+    config = dict(SHAPES[options.shape])
+    layers = options.layers or config["num_hidden_layers"]
+    source = options.work / f"{options.shape}-{layers}-layers"
     out = options.work / "quantized"
     if not source.exists():
-        write_model(source, {**LLAMA_2_7B, "num_hidden_layers": options.layers})
-    command = [sys.executable, "-c", QUANTIZE, str(source), str(out), str(options.bits), str(options.threads)]
-    peaks, seconds = sample_memory(command)
+        write_model(source, {**config, "num_hidden_layers": layers})
+    passed = (
+        "bits",
+        "method",
+        "calibration",
+        "calibration_samples",
+        "calibration_length",
+        "offload",
+        "threads",
+    )
+    settings = {name: getattr(options, name) for name in passed}
+    peaks, seconds = sample_memory(
+        [sys.executable, "-c", QUANTIZE, str(source), str(out), json.dumps(settings)]
+    )
     report = json.loads((out / "quantization_report.json").read_text())
     largest = max(tensor["params"] for tensor in report["summary"]["tensors"])
     shutil.rmtree(out)
     print(
         json.dumps(
             {
-                "layers": options.layers,
-                "bits": options.bits,
-                "threads": options.threads,
+                "shape": options.shape,
+                "layers": layers,
+                **settings,
+                "calibration": [Path(text).name for text in options.calibration],
                 "params": report["summary"]["params"],
                 "largest_tensor_bytes": 2 * largest,
                 "peak_anonymous_bytes": peaks["RssAnon"],
