@@ -264,3 +264,19 @@ def test_an_output_that_exists_is_found_before_anything_is_measured(
 def test_a_target_is_one_number() -> None:
     with pytest.raises(errors.InvalidArgumentError):
         Target()
+
+
+def test_narrow_parameters_leave_room_for_planes(
+    tmp_path: Path, make_source: Callable[..., Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, options = make_source()
+    pretend(monkeypatch, lambda name: 1e-3)
+    expected = []
+    for param_bits in (16, 8):
+        out = tmp_path / f"{param_bits}"
+        report = quantize(source, out, target_bpw=3.0, param_bits=param_bits, **options)
+        assert 2.9 < report.summary.linear_bits_per_weight <= 3.0
+        assert report.sensitivity is not None
+        expected.append(report.sensitivity["expected_kl"])
+        assert describe(out)["scheme"].get("param_bits", 16) == param_bits
+    assert expected[1] < expected[0]
