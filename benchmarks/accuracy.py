@@ -7,8 +7,8 @@
 Every block linear of MODEL is quantized, embedding and head are left alone. Each text is cut into windows of
 --ctx tokens and only its first --max-tokens count; figures are the mean over the texts, in nats per token.
 `+importance` marks methods whose columns are weighed (`elutq.importance`). Methods with calibration see 128
-windows of --ctx tokens, as many from each of the calibration texts. `--ablation` runs hlq-gptq with one option
-of its solver changed at a time. Prints one JSON object, and each result to stderr as it comes.
+windows of --ctx tokens, as many from each of the calibration texts. `--ablation` runs hlq-gptq with one
+option of its solver changed at a time. Prints one JSON object, and each result to stderr as it comes.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Peak memory and speed of `elutq quantize` on a folder with the shapes of a known model, made for the purpose.
+"""Peak memory and speed of `elutq quantize` on a folder with the shapes of a known model.
 
-    python benchmarks/quantize_memory.py --work /tmp/quantize-memory [--shape llama-2-7b] [--layers 32] [--bits 2]
-    python benchmarks/quantize_memory.py --work /tmp/quantize-memory --layers 2 --method hlq-gptq --calibration FILE
+    python benchmarks/quantize_memory.py --work /tmp/memory [--shape llama-2-7b] [--layers 32] [--bits 2]
+    python benchmarks/quantize_memory.py --work /tmp/memory --layers 2 --method hlq-gptq --calibration FILE
 
 The weights are one random block repeated. Quantization runs in a process of its own, whose memory is sampled
 from /proc: anonymous memory, which only the process can give back, and resident memory, which adds the file
