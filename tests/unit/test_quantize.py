@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import elutq.quantize
+import elutq.data_free
 from elutq import errors, hlq, load
 from elutq.architectures import EMBEDDING, HEAD, engine_config
 from elutq.checkpoint import Checkpoint
@@ -86,7 +86,7 @@ def test_8_bit_parameters_do_not_depend_on_the_pieces(
 ) -> None:
     source = make_folder(tmp_path / "m")
     quantize(source, tmp_path / "whole", bits=3, param_bits=8, embedding_bits=2)
-    monkeypatch.setattr("elutq.quantize._PIECE", 7 * 40)
+    monkeypatch.setattr("elutq.data_free._PIECE", 7 * 40)
     monkeypatch.setattr("elutq.hlq._CHUNK", 3 * 40)
     quantize(source, tmp_path / "pieces", bits=3, param_bits=8, embedding_bits=2)
     assert files(tmp_path / "pieces") == files(tmp_path / "whole")
@@ -131,7 +131,7 @@ def test_pieces_do_not_change_the_result(
     source = make_folder(tmp_path / "m")
     options: dict[str, Any] = {"bits": 3, "group_size": 32, "lm_head_bits": 4, "embedding_bits": 16}
     quantize(source, tmp_path / "whole", **options)
-    monkeypatch.setattr(elutq.quantize, "_PIECE", 130)  # three rows
+    monkeypatch.setattr(elutq.data_free, "_PIECE", 130)  # three rows
     quantize(source, tmp_path / "pieces", **options)
     assert files(tmp_path / "whole") == files(tmp_path / "pieces")
 
@@ -246,7 +246,7 @@ def test_bad_values_are_named(
         {"bits": 0},
         {"bits": 5},
         {"bits": 2, "group_size": 48},
-        {"bits": 2, "method": "gptq"},
+        {"bits": 2, "method": "gguf"},
         {"bits": 2, "shard_bytes": 0},
         {"bits": 2, "threads": 0},
     ],
