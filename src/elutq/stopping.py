@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class StopFilter:
-    """Lets a text through up to its first stop string.
+    """Lets a text through up to the stop string that is complete first, the longest of those.
 
     What may be the beginning of a stop string is held back until it is clear whether it is.
 
@@ -23,10 +23,10 @@ class StopFilter:
         if self.stopped:
             return ""
         text = self._held + piece
-        places = [place for s in self._stop if (place := text.find(s)) >= 0]
-        self.stopped = bool(places)
-        end = min(places) if places else len(text) - max((overlap(text, s) for s in self._stop), default=0)
-        self._held = "" if places else text[end:]
+        found = [(place + len(s), place) for s in self._stop if (place := text.find(s)) >= 0]
+        self.stopped = bool(found)
+        end = min(found)[1] if found else len(text) - max((overlap(text, s) for s in self._stop), default=0)
+        self._held = "" if found else text[end:]
         return text[:end]
 
     def flush(self) -> str:

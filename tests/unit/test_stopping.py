@@ -1,7 +1,7 @@
 from collections.abc import Iterable, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from elutq.stopping import StopFilter
@@ -36,9 +36,12 @@ letters = st.text("ab", max_size=4)
 
 
 @given(st.lists(letters), st.lists(letters.filter(bool), max_size=3))
+@example(["ab", "b"], ["b", "abb"])
 def test_same_text_however_it_is_cut(pieces: list[str], stop: list[str]) -> None:
     text = "".join(pieces)
-    end = min((place for s in stop if (place := text.find(s)) >= 0), default=len(text))
+    # The string that is complete first counts, though a longer one may have begun before it.
+    found = [(place + len(s), place) for s in stop if (place := text.find(s)) >= 0]
+    end = min(found)[1] if found else len(text)
     assert "".join(stop_before(stop, pieces)) == text[:end]
 
 
