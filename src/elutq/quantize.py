@@ -327,7 +327,7 @@ def _try_out(
         warnings.append(f"generated text has collapsed: {check.reason}")
     report = replace(report, generation=asdict(check), warnings=warnings)
     with Checkpoint.open(out) as quantized:
-        histograms = level_histograms(source, quantized)
+        histograms = level_histograms(source, quantized, calibrated=True)
     drawn = asdict(report)
     for name, content in (
         (REPORT_FILE, report.to_json().encode()),

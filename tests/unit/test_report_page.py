@@ -136,6 +136,16 @@ def test_levels_are_those_of_the_files(pair: tuple[Checkpoint, Checkpoint]) -> N
         assert not histogram.weighed
 
 
+def test_levels_of_a_calibrated_model_are_not_judged_by_its_weights(
+    pair: tuple[Checkpoint, Checkpoint], rich: Report
+) -> None:
+    histograms = level_histograms(*pair, calibrated=True)
+    assert all(h.hlq_error is None and h.uniform_error is None for h in histograms)
+    page = report_page(rich, histograms)
+    assert "Calibration places them" in page
+    assert "Under each name is the squared error" not in page
+
+
 def test_weighed_columns_are_weighed_on_both_sides(pair: tuple[Checkpoint, Checkpoint]) -> None:
     source, _ = pair
 

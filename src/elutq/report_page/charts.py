@@ -150,9 +150,9 @@ def level_charts(histograms: Sequence[LevelHistogram]) -> list[Chart]:
         Chart(
             f"{histogram.module}, row {histogram.row}, group {histogram.group}",
             "",
-            f"Histogram of {histogram.weights.size} weights with {histogram.hlq_levels.size} levels of HLQ, "
-            f"relative squared error {histogram.hlq_error:.3g}, and of the best-clipped uniform grid, "
-            f"{histogram.uniform_error:.3g}",
+            f"Histogram of {histogram.weights.size} weights with {histogram.hlq_levels.size} levels of "
+            f"{_named('HLQ', histogram.hlq_error)} and of "
+            f"{_named('the best-clipped uniform grid', histogram.uniform_error)}",
             (5.5, 2.0),
             lambda figure, theme, histogram=histogram: _draw_levels(figure, theme, histogram),  # type: ignore[misc]
         )
@@ -237,11 +237,15 @@ def _draw_levels(figure: FigureBase, theme: Theme, histogram: LevelHistogram) ->
         axes.hist(histogram.weights, bins=32, color=theme.bars)
         for level in levels:
             axes.axvline(level, color=color, linewidth=1.4)
-        axes.set_title(f"{name}: error {error:.4f}", loc="left", fontsize=_TEXT, color=color)
+        axes.set_title(_named(name, error), loc="left", fontsize=_TEXT, color=color)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes.set_xlabel("weight")
     both[0].set_ylabel("weights")
+
+
+def _named(grid: str, error: float | None) -> str:
+    return grid if error is None else f"{grid}: error {error:.4f}"
 
 
 def _headline(figure: FigureBase, report: Mapping[str, Any]) -> None:

@@ -26,9 +26,9 @@ class LevelHistogram:
         weights: the original ones, float32 [columns].
         hlq_levels: of the quantized model, ascending, float32 [2**bits].
         uniform_levels: of the best-clipped uniform grid, ascending, float32 [2**bits].
-        hlq_error: squared error over squared norm of the group, each weight at the nearest of its levels.
-            (Calibration chooses codes by what they do to outputs, so not all weights stand there.)
-        uniform_error: the same of the uniform grid.
+        hlq_error: squared error over squared norm of the group, each weight at the nearest of its levels;
+            None of a calibrated model, whose levels are not chosen for that.
+        uniform_error: the same of the uniform grid; None likewise.
         weighed: whether both errors, and the choice of the uniform grid, weigh columns by importance.
     """
 
@@ -38,8 +38,8 @@ class LevelHistogram:
     weights: NDArray[np.float32]
     hlq_levels: NDArray[np.float32]
     uniform_levels: NDArray[np.float32]
-    hlq_error: float
-    uniform_error: float
+    hlq_error: float | None
+    uniform_error: float | None
     weighed: bool
 
 
@@ -48,6 +48,7 @@ def level_histograms(
     quantized: Checkpoint,
     count: int = 4,
     *,
+    calibrated: bool = False,
     importance: Callable[[str], NDArray[np.float32] | None] | None = None,
 ) -> list[LevelHistogram]:
     """Groups from the first block to the last, from `q_proj` to `down_proj`.
@@ -59,6 +60,7 @@ def level_histograms(
         source: the original model.
         quantized: the HLQ model made from it.
         count: how many groups at most, each of another matrix; models with few matrices give fewer.
+        calibrated: whether the model was quantized for the outputs of its layers, not for its weights.
         importance: module name -> how much each of its input columns matters, float32 (in_features,), as it
             was given to `hlq.fit`; None where columns are equal.
 
@@ -71,7 +73,7 @@ def level_histograms(
     if count < 1:
         raise InvalidArgumentError(f"count must be at least 1, not {count}")
     return [
-        _histogram(source, quantized, module, None if importance is None else importance(module))
+        _histogram(source, quantized, module, calibrated, None if importance is None else importance(module))
         for module in _spread(quantized, count)
     ]
 
@@ -95,6 +97,7 @@ def _histogram(
     source: Checkpoint | RotatedCheckpoint,
     quantized: Checkpoint,
     module: str,
+    calibrated: bool,
     importance: NDArray[np.float32] | None,
 ) -> LevelHistogram:
     scheme, linear = quantized.schemes[module], quantized.linears[module]
@@ -113,8 +116,8 @@ def _histogram(
         weights=weights[0].copy(),
         hlq_levels=hlq_levels,
         uniform_levels=_levels(uniform, 0, 0),
-        hlq_error=_relative_error(weights, _nearest(weights, hlq_levels), weighing),
-        uniform_error=_relative_error(weights, hlq.dequantize(uniform), weighing),
+        hlq_error=None if calibrated else _relative_error(weights, _nearest(weights, hlq_levels), weighing),
+        uniform_error=None if calibrated else _relative_error(weights, hlq.dequantize(uniform), weighing),
         weighed=weighing is not None,
     )
 

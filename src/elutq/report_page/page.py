@@ -53,6 +53,7 @@ def report_page(report: Mapping[str, Any], histograms: Sequence[LevelHistogram])
         },
         charts=error_charts(report),
         levels=level_charts(histograms),
+        calibrated=any(histogram.hlq_error is None for histogram in histograms),
         weighed=any(histogram.weighed for histogram in histograms),
         tensors=tensors,
         themes={"light": asdict(LIGHT), "dark": asdict(DARK)},
