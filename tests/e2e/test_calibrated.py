@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ def test_calibration_pays_and_the_engine_agrees(tmp_path: Path, texts: tuple[Pat
     assert report.nll is not None
     assert report.generation is not None
     assert not report.generation["collapsed"]
-    assert json.loads((tmp_path / "hlq-gptq" / "quantization_report.json").read_text()) == asdict(report)
+    assert (tmp_path / "hlq-gptq" / "quantization_report.json").read_text() == report.to_json()
     assert "Calibration places them" in (tmp_path / "hlq-gptq" / "quantization_report.html").read_text()
     assert (tmp_path / "hlq-gptq" / "quantization_report.png").read_bytes().startswith(b"\x89PNG")
     assert len(report.blocks) == 8
