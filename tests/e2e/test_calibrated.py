@@ -226,7 +226,7 @@ def undisturbed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lines", [1, 9, 17])
+@pytest.mark.parametrize("lines", [3, 12])
 def test_killed_and_resumed_it_writes_the_same_bytes(
     lines: int,
     tmp_path: Path,
