@@ -385,7 +385,7 @@ ROUTER = f"{LAYER}.block_sparse_moe.gate"
 @pytest.fixture
 def mixture(tmp_path: Path, golden: ModuleType) -> Folder:
     """The golden model with a mixture of three experts in place of its MLP."""
-    folder = Folder(tmp_path / "mixture", golden)
+    folder = Folder(golden.FOLDER, tmp_path / "mixture", golden)
     folder.edit_config(
         lambda config: config.update(model_type="mixtral", num_local_experts=3, num_experts_per_tok=2)
     )

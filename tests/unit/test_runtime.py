@@ -321,11 +321,11 @@ def test_file_pages_are_given_back_matrix_by_matrix(tmp_path: Path, monkeypatch:
     most = 0
     read, release = Checkpoint.read, Checkpoint.release
 
-    def watched_read(self: Checkpoint, name: str) -> NDArray[Any]:
+    def watched_read(self: Checkpoint, name: str, *part: slice) -> NDArray[Any]:
         nonlocal most
         held.add(name)
         most = max(most, len(held))
-        return read(self, name)
+        return read(self, name, *part)
 
     def watched_release(self: Checkpoint, name: str) -> None:
         held.remove(name)
