@@ -2,7 +2,8 @@
 
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class CalibratedJob:
         options: of the solver.
         device: where the work is done.
         offload: folder for activations; None keeps them in memory.
+        threads: of torch; None leaves that to it.
         progress: called with weights done and the module in work.
 
     Attributes:
@@ -75,8 +77,10 @@ class CalibratedJob:
         *,
         device: torch.device,
         offload: Path | None,
+        threads: int | None,
         progress: Callable[[int, str], None],
     ) -> None:
+        self._threads = threads
         in_blocks = {linear.name for linear in block_linears(source.engine)}
         self._schemes = {part.name: part.scheme for part in parts if part.scheme and part.name in in_blocks}
         self._engine = source.engine
@@ -100,7 +104,7 @@ class CalibratedJob:
 
     def run(self) -> None:
         """Quantize every block, or read it back if an earlier run did."""
-        with torch.inference_mode():
+        with self._working():
             for index in range(self._engine.num_hidden_layers):
                 self.blocks.append(self._walk.block(index))
 
@@ -125,14 +129,24 @@ class CalibratedJob:
 
     def head_importance(self) -> NDArray[np.float32]:
         """Importance of the head's columns, for `hlq.fit`."""
-        with torch.inference_mode():
+        with self._working():
             return self._walk.head_importance()
 
     def evaluate(self) -> HeldOut | None:
         """Both models on the held-out windows, once embedding and head are written."""
         head = self._store.get(EMBEDDING if self._engine.tie_word_embeddings else HEAD)
-        with torch.inference_mode():
+        with self._working():
             return self._walk.evaluate(None if head is None else hlq.dequantize(head))
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads or before)
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -21,8 +21,9 @@ so one triangular factor gives both, and no inverse Hessian is needed.
 data-free fit that weighs column j by V_jj^2 and repeats
 
     feedback      for each column in turn, the level nearest to x_j + sum_{i<j} V_ij r_i / V_jj
-    descent       for each column in turn, the best level with all others fixed, nearest to q_j + (M r)_j /
-    M_jj refit         scales and zero by least squares in the metric M, codes fixed
+    descent       for each column in turn, the best level with all others fixed: that nearest to
+                  q_j + (M r)_j / M_jj
+    refit         scales and zero by least squares in the metric M, codes fixed
 
 and keeps the best iterate of each row (BPDQ, arXiv 2602.04163, has the first and the last; LNQ in
 GuidedQuant, arXiv 2505.07004, the second). Parameters count as they will be stored, in fp16.

@@ -308,19 +308,17 @@ class LayerwiseQuantizer:
             if module not in self._schemes:
                 continue
             linear = block.linears[module]
-            if moments is not None:
+            matrix = self._store.get(module)
+            if matrix is None:
+                assert moments is not None
                 if metric is None:
                     metric = self._metric(moments)
                 self._progress(0, module)
                 weight = linear.weight.float()
                 matrix, outcome = self._solve(module, weight, metric, moments.tokens)
                 self._store.put(module, matrix, outcome, weight.cpu().numpy())
-            else:
-                stored = self._store.get(module)
-                assert stored is not None
-                matrix = stored
+                self._progress(weight.numel(), module)
             linear.weight.data = torch.from_numpy(hlq.dequantize(matrix)).to(linear.weight)
-            self._progress(linear.weight.numel(), module)
 
     def _metric(self, moments: Moments) -> Metric | SingularHessianError:
         try:

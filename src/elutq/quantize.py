@@ -258,7 +258,7 @@ def quantize(
             blocks = None
             if calibrated and data:
                 blocks = _quantize_blocks(
-                    checkpoint, writer, parts, job, data, method, solver, device, offload, announce
+                    checkpoint, writer, parts, job, data, method, solver, device, offload, threads, announce
                 )
             job.run(parts)
             nll = None if blocks is None else blocks.evaluate()
@@ -406,6 +406,7 @@ def _quantize_blocks(
     solver: "SolverOptions | None",
     device: str | None,
     offload: bool,
+    threads: int | None,
     announce: Callable[[str], None],
 ) -> "CalibratedJob":
     """Quantize the blocks with calibration data; embedding and head are for `job`."""
@@ -422,6 +423,7 @@ def _quantize_blocks(
         solver or SOLVERS[method],
         device=chosen,
         offload=writer.out.parent if offload else None,
+        threads=threads,
         progress=job.advance,
     )
     needed = blocks.estimate

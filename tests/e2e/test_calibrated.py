@@ -204,8 +204,10 @@ def test_rotation_gives_a_model_of_its_own(
 
 QUANTIZE = """
 import sys
+import elutq.checkpoint.writer
 from elutq.quantize import quantize
 
+elutq.checkpoint.writer._SYNC_BYTES = 1  # every matrix survives a kill, as the large ones of real models do
 quantize(
     sys.argv[1], sys.argv[2], bits=2, method="hlq-gptq", calibration=[sys.argv[3]],
     calibration_samples=8, calibration_length=64,
