@@ -184,6 +184,9 @@ def test_eval(quantized: Path, text: Path) -> None:
 
 def test_eval_compares_models_on_several_texts(quantized: Path, text: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
+    long_name = tmp_path / ("a-model-with-a-long-name" * 4)  # numbers are not cut off to make room for it
+    long_name.symlink_to(quantized)
+    quantized = long_name
     other.write_text("The bear said that winter was near, and that the fox should find a den.\n" * 40)
     command = ("eval", quantized, MODEL, "--text", text, "--text", other, *EVAL_SIZES, "--reference", MODEL)
     ours, original = last_json(run(*command, "--json"))["models"]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 
 _WIDTH_WITHOUT_TERMINAL = 120
+_MOST_WIDTH = 10_000
 
 
 def print_json(result: Mapping[str, Any]) -> None:
@@ -28,17 +29,18 @@ def announce(text: str) -> None:
 
 
 def show(*items: "RenderableType") -> None:
-    """Text as it is, and tables, on stdout; plain characters when it is not a terminal."""
+    """Text as it is, and tables, on stdout; plain characters, nothing cut off, when it is not a terminal."""
     from rich.console import Console
 
     console = Console(file=sys.stdout)
-    if not console.is_terminal:
-        console.width = _WIDTH_WITHOUT_TERMINAL
     for item in items:
         if isinstance(item, str):
             sys.stdout.write(f"{item}\n")
-        else:
-            console.print(item)
+            continue
+        if not console.is_terminal:
+            console.width = _MOST_WIDTH
+            console.width = max(_WIDTH_WITHOUT_TERMINAL, console.measure(item).maximum)
+        console.print(item)
     sys.stdout.flush()
 
 
