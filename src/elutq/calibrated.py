@@ -205,10 +205,11 @@ def estimate(
     largest = max(linear.out_features * linear.in_features for linear in first)
     between = engine.hidden_size if engine.sparse_layers[0] else engine.intermediate_size
     activations = 4 * tokens * (2 * engine.hidden_size + max(between, first[3].in_features))
-    memory = (
-        _BASE_BYTES + 2 * 4 * weights + max(24 * widest**2, 16 * widest**2 + _SOLVER_COPIES * 4 * (1 << 24))
-    )
-    memory += 3 * 4 * largest
+    # A block, twice, with the Hessian and solver of its widest module; in the end, heads and logits.
+    solving = max(24 * widest**2, 16 * widest**2 + _SOLVER_COPIES * 4 * (1 << 24))
+    in_blocks = 2 * 4 * weights + solving + 3 * 4 * largest
+    at_the_head = 4 * engine.vocab_size * (3 * engine.hidden_size + 4 * calibration.token_ids.shape[1])
+    memory = _BASE_BYTES + max(in_blocks, at_the_head)
     return Estimate(
         seconds=per_block * engine.num_hidden_layers,
         memory_bytes=memory + (0 if offload else activations),
