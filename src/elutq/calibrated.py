@@ -206,7 +206,7 @@ def estimate(
     between = engine.hidden_size if engine.sparse_layers[0] else engine.intermediate_size
     activations = 4 * tokens * (2 * engine.hidden_size + max(between, first[3].in_features))
     # A block, twice, with the Hessian and solver of its widest module; in the end, heads and logits.
-    solving = max(24 * widest**2, 16 * widest**2 + _SOLVER_COPIES * 4 * (1 << 24))
+    solving = max(40 * widest**2, 16 * widest**2 + _SOLVER_COPIES * 4 * (1 << 24))
     in_blocks = 2 * 4 * weights + solving + 3 * 4 * largest
     at_the_head = 4 * engine.vocab_size * (3 * engine.hidden_size + 4 * calibration.token_ids.shape[1])
     memory = _BASE_BYTES + max(in_blocks, at_the_head)

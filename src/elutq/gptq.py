@@ -140,6 +140,7 @@ class Metric:
             self.damp = max(self.damp, 1e-6) * _DAMP_STEP
             if self.damp > _DAMP_LIMIT:
                 raise SingularHessianError("the inputs' Hessian is not positive definite")
+        del reverse  # the largest of what is held here
         self.factor = lower.float().flip(0, 1)
         self.damped = self.hessian.clone()
         self.damped.diagonal().add_(self.damp * scale)
