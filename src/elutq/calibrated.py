@@ -29,7 +29,7 @@ METHODS: Mapping[str, SolverOptions] = {
     "ao-gptq": PUBLISHED,
 }
 
-# What the estimate of time rests on, measured on two cores (`benchmarks/calibrated.py`).
+# What the estimates rest on: rough figures of two cores (`benchmarks/quantize_memory.py` shows what is true).
 _PROBE = 1536  # side of the matrices that are multiplied to see how fast that is
 _COLUMN_SECONDS = 90e-6  # one column of up to 4096 rows in one pass over the codes
 _BASE_BYTES = 700 << 20  # Python, torch and transformers themselves
@@ -280,6 +280,9 @@ class _Store:
 
     def __init__(self, writer: CheckpointWriter, parts: Mapping[str, Part]) -> None:
         self._writer, self._parts = writer, parts
+
+    def __contains__(self, module: object) -> bool:
+        return module in self._writer.done
 
     def get(self, module: str) -> HlqMatrix | None:
         part = self._parts.get(module)

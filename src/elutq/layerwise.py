@@ -43,6 +43,9 @@ _OTHERS = 1024
 class MatrixStore(Protocol):
     """Where quantized matrices go, and come from when work is resumed."""
 
+    def __contains__(self, module: object) -> bool:
+        """Whether a matrix is stored."""
+
     def get(self, module: str) -> HlqMatrix | None:
         """A matrix stored by this run or an earlier one."""
 
@@ -216,7 +219,7 @@ class LayerwiseQuantizer:
         full, quantized = self._reader.block(index), self._reader.block(index)
         position = self._reader.positions(self._length), self._reader.mask(index, self._length)
         wanted = [name for name in quantized.linears if name in self._schemes]
-        known = all(self._store.get(name) is not None for name in wanted)
+        known = all(name in self._store for name in wanted)
 
         moments = None if known else self._moments(quantized, quantized.qkv[0])
         for batch, h_full, h_quantized in self._both():
