@@ -22,7 +22,7 @@ from elutq import hlq
 from elutq.architectures import EngineConfig
 from elutq.blocks import BlockReader
 from elutq.budget import Option, Target, allocate
-from elutq.calibrated import Estimate, check_memory, choose_device, speed
+from elutq.calibrated import Estimate, check_memory, speed
 from elutq.checkpoint import Checkpoint, TensorInfo, model_parts, weight_bytes, write_atomically
 from elutq.errors import InvalidArgumentError
 from elutq.importance import input_importance
@@ -42,6 +42,7 @@ from elutq.sensitivity import (
     some_windows,
     units,
 )
+from elutq.world import choose_device
 
 
 class Allocation:

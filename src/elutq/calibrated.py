@@ -1,5 +1,6 @@
 """The calibrated half of the pipeline: joins checkpoint, calibration text and writer to the block walk."""
 
+import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from elutq.errors import InsufficientMemoryError, InvalidArgumentError
 from elutq.gptq import GPTQ, PUBLISHED, SolverOptions
 from elutq.layerwise import BlockOutcome, HeldOut, LayerwiseQuantizer, Outcome
 from elutq.packing import HlqMatrix
+from elutq.world import World
 
 METHODS: Mapping[str, SolverOptions] = {
     "hlq-gptq": SolverOptions(),
@@ -46,24 +48,26 @@ class Estimate:
 
 
 class CalibratedJob:
-    """Quantizes the block linears of a model.
+    """Quantizes the block linears of a model; all processes of `world` together, which call it alike.
 
     Args:
         source: the full model.
         parts: of the model to be written; those of blocks that have a scheme are quantized.
-        writer: takes the matrices, and gives back those of an earlier run.
+        writer: takes the matrices, and gives back those of an earlier run; of the first process, others have
+            None.
         calibration: token windows.
         options: of the solver.
-        device: where the work is done.
-        offload: folder for activations; None keeps them in memory.
-        threads: of torch; None leaves that to it.
+        world: the processes that share the work, and their devices.
+        offload: folder for activations, made if need be; None keeps them in memory.
+        threads: of each process; by default its share of the CPUs.
         progress: called with weights done and the module in work.
 
     Attributes:
         blocks: outcome of each block, once `run` returns.
-        estimate: what it will need.
+        estimate: what it will need, in each process.
 
     Raises:
+        InvalidArgumentError: there are more processes than windows to calibrate on.
         InsufficientMemoryError: it would not fit into the memory that is free; says what would help.
     """
 
@@ -71,36 +75,47 @@ class CalibratedJob:
         self,
         source: WeightSource,
         parts: Sequence[Part],
-        writer: CheckpointWriter,
+        writer: CheckpointWriter | None,
         calibration: Calibration,
         options: SolverOptions,
         *,
-        device: torch.device,
+        world: World,
         offload: Path | None,
         threads: int | None,
         progress: Callable[[int, str], None],
     ) -> None:
-        self._threads = threads
+        self._threads = threads or world.threads
         in_blocks = {linear.name for linear in block_linears(source.engine)}
         self._schemes = {part.name: part.scheme for part in parts if part.scheme and part.name in in_blocks}
         self._engine = source.engine
-        self._store = _Store(writer, {part.name: part for part in parts})
+        self._store = _Store(world, writer, {part.name: part for part in parts})
         self.blocks: list[BlockOutcome] = []
-        self.estimate = estimate(source.engine, calibration, options, device, offload is not None)
-        check_memory(self.estimate, offload is not None, device)
+        self.estimate = estimate(source.engine, calibration, options, world, offload is not None)
+        world.everywhere(lambda: self._check(calibration, world, offload))
         embedding = self._store.get(EMBEDDING)
         self._walk = LayerwiseQuantizer(
-            BlockReader(source, device),
+            BlockReader(source, world.device),
             calibration.token_ids,
             calibration.held_out,
             self._schemes,
             self._store,
             options,
-            device=device,
+            world=world,
             offload=offload,
-            embed_quantized=None if embedding is None else _embedder(embedding, device),
+            threads=self._threads,
+            embed_quantized=None if embedding is None else _embedder(embedding, world.device),
             progress=progress,
         )
+
+    def _check(self, calibration: Calibration, world: World, offload: Path | None) -> None:
+        windows = len(calibration.token_ids)
+        if windows < world.size:
+            raise InvalidArgumentError(
+                f"{world.size} processes cannot share {windows} calibration windows; take more windows"
+            )
+        check_memory(self.estimate, offload is not None, world.device, world.local_size)
+        if offload is not None:
+            offload.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> None:
         """Quantize every block, or read it back if an earlier run did."""
@@ -109,11 +124,11 @@ class CalibratedJob:
                 self.blocks.append(self._walk.block(index))
 
     def outcomes(self) -> dict[str, Outcome]:
-        """How each module went."""
+        """How each module went; for the first process."""
         return {name: self._store.outcome(name) for name in self._schemes}
 
     def warnings(self) -> list[str]:
-        """What is to be known of the calibration."""
+        """What is to be known of the calibration; for the first process."""
         outcomes = self.outcomes()
         warnings = [
             f"{name} was quantized without calibration data: {outcome.fallback}"
@@ -149,35 +164,24 @@ class CalibratedJob:
             torch.set_num_threads(before)
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name; by default a GPU if there is one.
-
-    Raises:
-        InvalidArgumentError: torch does not know it, or cannot use it.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InvalidArgumentError(f"device {name!r} cannot be used: {reason}; try cpu or cuda") from None
-    return device
-
-
 def estimate(
     engine: EngineConfig,
     calibration: Calibration,
     options: SolverOptions,
-    device: torch.device,
+    world: World,
     offload: bool,
 ) -> Estimate:
-    """Count operations and bytes; a short multiplication tells how fast the device is.
+    """Count operations and bytes of a process; a short multiplication tells how fast its device is.
 
     Per token, each stream spends 2 operations per weight, and each Hessian, or cross moments, 2
     in_features^2; per module, a factorization takes in_features^3, the solver in_features^2 per row and
-    pass, and a step of its own for every column.
+    pass, and a step of its own for every column. Processes share tokens, rows and experts, but each
+    factors the Hessians of dense modules itself.
     """
-    tokens = calibration.token_ids.size + calibration.held_out.size
+    tokens = sum(
+        math.ceil(len(part) / world.size) * part.shape[1]
+        for part in (calibration.token_ids, calibration.held_out)
+    )
     first = [linear for linear in block_linears(engine) if linear.name.startswith("model.layers.0.")]
     weights = sum(linear.out_features * linear.in_features for linear in first)
     active = weights
@@ -194,12 +198,14 @@ def estimate(
     counted = [tokens * (1.0 if i < 2 else sparse_share) for i in range(len(inputs))]
     operations = 4.0 * tokens * active
     operations += sum(2.0 * moments * seen * size**2 for seen, size in zip(counted, inputs, strict=True))
-    operations += sum(float(size) ** 3 for size in inputs)
-    operations += sum(
-        2.0 * linear.out_features * linear.in_features**2 * (1 + options.sweeps) for linear in first
+    sharing = world.size if engine.sparse_layers[0] else 1  # experts are solved whole
+    operations += sum(float(size) ** 3 / (sharing if i > 1 else 1) for i, size in enumerate(inputs))
+    operations += (
+        sum(2.0 * linear.out_features * linear.in_features**2 * (1 + options.sweeps) for linear in first)
+        / world.size
     )
-    columns = sum(linear.in_features * -(-linear.out_features // 4096) for linear in first)
-    per_block = operations / speed(device) + columns * passes * _COLUMN_SECONDS
+    columns = sum(linear.in_features * -(-linear.out_features // 4096) for linear in first) / world.size
+    per_block = operations / speed(world.device) + columns * passes * _COLUMN_SECONDS
 
     widest = max(linear.in_features for linear in first)
     largest = max(linear.out_features * linear.in_features for linear in first)
@@ -226,20 +232,20 @@ def speed(device: torch.device) -> float:
     return 2 * _PROBE**3 / (time.perf_counter() - started)
 
 
-def check_memory(needed: Estimate, offload: bool, device: torch.device) -> None:
-    """Compare what work needs with what is free.
+def check_memory(needed: Estimate, offload: bool, device: torch.device, processes: int = 1) -> None:
+    """Compare what work needs, in each of some processes on this machine, with what is free.
 
     Raises:
         InsufficientMemoryError: it is more; says what would help.
     """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory() // processes
     if needed.memory_bytes > free:
         advice = (
             "fewer or shorter calibration windows" if offload else "--offload, or fewer calibration windows"
         )
         raise InsufficientMemoryError(
             f"calibrating needs about {needed.memory_bytes / 1e9:.1f} GB of memory, "
-            f"but {free / 1e9:.1f} GB are free; try {advice}"
+            f"but {free / 1e9:.1f} GB are free{' for each process' if processes > 1 else ''}; try {advice}"
         )
 
 
@@ -276,31 +282,49 @@ def _embedder(embedding: HlqMatrix, device: torch.device) -> Callable[[Tensor], 
 
 
 class _Store:
-    """A `MatrixStore` that writes to a checkpoint."""
+    """A `MatrixStore` that writes to a checkpoint, in the first process; the others learn what it has."""
 
-    def __init__(self, writer: CheckpointWriter, parts: Mapping[str, Part]) -> None:
-        self._writer, self._parts = writer, parts
+    def __init__(self, world: World, writer: CheckpointWriter | None, parts: Mapping[str, Part]) -> None:
+        self._world, self._writer, self._parts = world, writer, parts
+        self._stored = world.broadcast_object(set(writer.done if writer else ()))
 
     def __contains__(self, module: object) -> bool:
-        return module in self._writer.done
+        return module in self._stored
 
     def get(self, module: str) -> HlqMatrix | None:
+        return self._world.from_main(lambda: self._read(module))
+
+    def _read(self, module: str) -> HlqMatrix | None:
         part = self._parts.get(module)
-        if part is None or part.scheme is None or module not in self._writer.done:
+        if part is None or part.scheme is None or module not in self._own.done:
             return None
-        arrays = {name.rpartition(".")[2]: self._writer.read(name) for name in part.tensors}
+        arrays = {name.rpartition(".")[2]: self._own.read(name) for name in part.tensors}
         return HlqMatrix(in_features=part.shape[1], group_size=part.scheme.group_size, **arrays)
 
-    def put(self, module: str, matrix: HlqMatrix, outcome: Outcome, weight: NDArray[np.float32]) -> None:
+    def put(
+        self, module: str, matrix: HlqMatrix, outcome: Outcome, squared_error: tuple[float, float]
+    ) -> None:
+        self._world.on_main(lambda: self._write(module, matrix, outcome, squared_error))
+        self._stored.add(module)
+
+    def _write(
+        self, module: str, matrix: HlqMatrix, outcome: Outcome, squared_error: tuple[float, float]
+    ) -> None:
         for name, array in matrix.arrays.items():
-            self._writer.write(f"{module}.{name}", array)
-        error, norm = hlq.squared_error(weight, matrix)
+            self._own.write(f"{module}.{name}", array)
+        error, norm = squared_error
         record = {"error": error, "norm": norm, "outcome": asdict(outcome)}
-        self._writer.commit(module, self._parts[module].tensors, record)
+        self._own.commit(module, self._parts[module].tensors, record)
 
     def outcome(self, module: str) -> Outcome:
-        record: dict[str, Any] = self._writer.done[module]["outcome"]
+        record: dict[str, Any] = self._own.done[module]["outcome"]
         return Outcome(**record)
 
     def flush(self) -> None:
-        self._writer.sync()
+        self._world.on_main(lambda: self._own.sync())
+
+    @property
+    def _own(self) -> CheckpointWriter:
+        """The writer, which the first process has."""
+        assert self._writer is not None
+        return self._writer

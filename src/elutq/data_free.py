@@ -14,6 +14,7 @@ from elutq.errors import TensorValueError
 from elutq.importance import input_importance
 from elutq.report import SquaredError
 from elutq.rotation import RotatedCheckpoint
+from elutq.world import World
 
 _PIECE = 1 << 24  # weights in work at once
 
@@ -22,11 +23,12 @@ Progress = Callable[[int, int, str], None]
 
 
 class DataFreeJob:
-    """The parts of one model, those that the writer has not got yet.
+    """The parts of one model, those that the writer has not got yet. Of several processes, the first works.
 
     Args:
+        world: the processes, which call this alike.
         checkpoint: the full model, perhaps rotated.
-        writer: takes the tensors.
+        writer: takes the tensors; None in processes but the first.
         parts: everything the new model consists of.
         method: one of `hlq.METHODS`.
         importance: weigh columns by what `importance.input_importance` estimates of their inputs.
@@ -40,14 +42,16 @@ class DataFreeJob:
 
     def __init__(
         self,
+        world: World,
         checkpoint: Checkpoint | RotatedCheckpoint,
-        writer: CheckpointWriter,
+        writer: CheckpointWriter | None,
         parts: Iterable[Part],
         method: str,
         importance: bool,
         threads: int | None,
         progress: Progress,
     ) -> None:
+        self._world = world
         self._checkpoint = checkpoint
         self._writer = writer
         self._method = method
@@ -58,7 +62,7 @@ class DataFreeJob:
         self.quantized = 0
         weights = {part.name: math.prod(part.shape) for part in parts}
         self._total = sum(weights.values())
-        self._done = sum(count for name, count in weights.items() if name in writer.done)
+        self._done = sum(count for name, count in weights.items() if writer and name in writer.done)
 
     def advance(self, weights: int, name: str) -> None:
         """Count weights that somebody quantized."""
@@ -68,7 +72,10 @@ class DataFreeJob:
 
     def run(self, parts: Iterable[Part]) -> None:
         """Write those of the parts that are not written yet."""
-        waiting = [part for part in parts if part.name not in self._writer.done]
+        self._world.on_main(lambda: self._run(parts))
+
+    def _run(self, parts: Iterable[Part]) -> None:
+        waiting = [part for part in parts if part.name not in self._own.done]
         for part, following in zip_longest(waiting, waiting[1:]):
             if following:
                 self._checkpoint.prefetch(following.source)
@@ -104,10 +111,10 @@ class DataFreeJob:
                 of_rows = array if name == "planes" else array[None]  # [planes or 1, rows, ...]
                 for plane, values in enumerate(of_rows):
                     first = (plane * rows + piece.start) * values[0].size
-                    self._writer.write(f"{part.name}.{name}", values, at=first)
+                    self._own.write(f"{part.name}.{name}", values, at=first)
             self._checkpoint.release(part.source)
             yield weight.size
-        self._writer.commit(part.name, part.tensors, asdict(measured))
+        self._own.commit(part.name, part.tensors, asdict(measured))
 
     def _input_importance(self, part: Part) -> NDArray[np.float32] | None:
         if part.name in self.known_importance:
@@ -129,10 +136,16 @@ class DataFreeJob:
             values = self._checkpoint.read(part.source, piece)
             if not np.isfinite(values).all():
                 raise TensorValueError(f"{part.source} holds NaN or infinity; check the source model")
-            self._writer.write(part.source, values, at=piece.start * columns)
+            self._own.write(part.source, values, at=piece.start * columns)
             self._checkpoint.release(part.source)
             yield values.size
-        self._writer.commit(part.name, part.tensors, {})
+        self._own.commit(part.name, part.tensors, {})
+
+    @property
+    def _own(self) -> CheckpointWriter:
+        """The writer, which the first process has."""
+        assert self._writer is not None
+        return self._writer
 
 
 def _row_pieces(rows: int, columns: int) -> Iterator[slice]:

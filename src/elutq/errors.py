@@ -6,7 +6,13 @@ One class per kind of fault, so that callers can tell them apart without reading
 
 
 class ElutqError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    Attributes:
+        elsewhere: it happened in another process of the job, which gives the message to a person.
+    """
+
+    elsewhere = False
 
 
 class InvalidArgumentError(ElutqError, ValueError):
@@ -95,6 +101,10 @@ class SingularHessianError(ElutqError, ValueError):
 
 class InsufficientMemoryError(ElutqError):
     """The work would need more memory than there is."""
+
+
+class WorkerLostError(ElutqError):
+    """Another process of the job ended, or cannot be reached."""
 
 
 class OutputExistsError(ElutqError):

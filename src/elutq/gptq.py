@@ -90,13 +90,19 @@ class Solution:
 
     Attributes:
         matrix: the matrix.
-        output_error: tr((W~ - T) H (W~ - T)^T) / tr(W H W^T), H without damping: relative squared error of
-        the
-            outputs on the calibration data.
+        error: tr((W~ - T) H (W~ - T)^T), H without damping: squared error of the outputs on the calibration
+            data, up to a factor.
+        norm: tr(W H W^T), of the outputs themselves, up to the same factor.
     """
 
     matrix: HlqMatrix
-    output_error: float
+    error: float
+    norm: float
+
+    @property
+    def output_error(self) -> float:
+        """Relative squared error of the outputs on the calibration data."""
+        return self.error / self.norm if self.norm > 0 else self.error
 
 
 class Metric:
@@ -166,13 +172,21 @@ class Metric:
         return float((residual * (self.hessian @ residual)).sum(dtype=torch.float64))
 
 
-def solve(weight: Tensor, metric: Metric, scheme: QuantScheme, *, name: str = "weight") -> Solution:
+def solve(
+    weight: Tensor,
+    metric: Metric,
+    scheme: QuantScheme,
+    *,
+    threads: int | None = None,
+    name: str = "weight",
+) -> Solution:
     """Quantize one matrix.
 
     Args:
         weight: float32 (out_features, in_features), on the metric's device.
         metric: of its inputs.
         scheme: bits and group size.
+        threads: of the data-free solver, which makes the start; all CPUs by default.
         name: what error messages call it.
 
     Raises:
@@ -193,7 +207,7 @@ def solve(weight: Tensor, metric: Metric, scheme: QuantScheme, *, name: str = "w
     step = max(1, min(_ROWS, _WEIGHTS // columns))
     for first in range(0, rows, step):
         some = slice(first, first + step)
-        solver = _Solver(weight[some].T.contiguous(), metric, scheme)
+        solver = _Solver(weight[some].T.contiguous(), metric, scheme, threads)
         solver.run()
         codes[some] = solver.codes.T.cpu().numpy()
         parameters = solver.parameters.permute(2, 0, 1)
@@ -207,7 +221,7 @@ def solve(weight: Tensor, metric: Metric, scheme: QuantScheme, *, name: str = "w
         norm += metric.error(weight[some].T)
     planes = pack_codes(codes, scheme.bits)
     matrix = HlqMatrix(planes, scales, zeros, columns, scheme.group_size, row_scales)
-    return Solution(matrix, error / norm if norm > 0 else error)
+    return Solution(matrix, error, norm)
 
 
 class _Solver:
@@ -221,9 +235,10 @@ class _Solver:
         row_scales: what they are multiples of, [rows], when they are stored in bytes.
     """
 
-    def __init__(self, weight: Tensor, metric: Metric, scheme: QuantScheme) -> None:
+    def __init__(self, weight: Tensor, metric: Metric, scheme: QuantScheme, threads: int | None) -> None:
         columns, rows = weight.shape
         self.metric, self.options, self.bits = metric, metric.options, scheme.bits
+        self._threads = threads
         self.target = metric.targets(weight)
         self.values = torch.zeros_like(weight)
         self.codes = torch.zeros((columns, rows), dtype=torch.uint8, device=weight.device)
@@ -282,7 +297,12 @@ class _Solver:
         method = "uniform" if self.options.uniform else "hlq" if self.options.feedback else "ao"
         limited = target.T.clamp(-hlq.HALF_MAX, hlq.HALF_MAX).contiguous()
         matrix = hlq.fit(
-            limited.cpu().numpy(), self.bits, -1, weights=importance.cpu().numpy(), method=method
+            limited.cpu().numpy(),
+            self.bits,
+            -1,
+            weights=importance.cpu().numpy(),
+            method=method,
+            threads=self._threads,
         )
         parameters = np.concatenate([matrix.scales[:, 0].T, matrix.zeros.T])
         return torch.from_numpy(parameters.astype(np.float32)).to(target.device)

@@ -4,7 +4,8 @@ A code is the integer `sum_p bit_p * 2**p`; the planes hold its bits, plane p fi
 column first (`docs/format.md`).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,17 @@ class HlqMatrix:
     def nbytes(self) -> int:
         """Bytes of all arrays together."""
         return sum(array.nbytes for array in self.arrays.values())
+
+
+def join_rows(matrices: Sequence[HlqMatrix]) -> HlqMatrix:
+    """Matrices of the same columns, groups and bits, one below the other; at least one."""
+    if len(matrices) == 1:
+        return matrices[0]
+    arrays: dict[str, Any] = {
+        name: np.concatenate([matrix.arrays[name] for matrix in matrices], axis=1 if name == "planes" else 0)
+        for name in matrices[0].arrays
+    }
+    return replace(matrices[0], **arrays)
 
 
 def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

@@ -3,7 +3,8 @@
 Without calibration data, weights go through one piece of a tensor at a time, so peak memory does not grow
 with the model. Matrices are independent of each other, and so are their rows; the result depends on neither
 the pieces nor the threads. With it, the blocks are walked one after the other (`elutq.layerwise`); embedding
-and head are still quantized on their own.
+and head are still quantized on their own. Processes that torchrun started share that walk; the first does
+everything else, and alone writes (`elutq.world`).
 """
 
 import json
@@ -11,6 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +43,7 @@ from elutq.runtime import load
 from elutq.scheme import MAX_BITS, OUTER_SCHEME, ModelScheme, QuantScheme
 from elutq.smoke import check_generation
 from elutq.tokenizer import Tokenizer
+from elutq.world import World
 
 if TYPE_CHECKING:
     from elutq.allocation import Allocation
@@ -147,6 +150,8 @@ def quantize(
     Interrupted or killed, it leaves `OUT.partial`, and the same call goes on from there; `out` appears only
     when it is complete. The weight files are the same, byte for byte, however often the work was interrupted.
 
+    Under torchrun all processes call it alike, share the calibrated work and get the report.
+
     Args:
         source: a local Hugging Face folder or a hub id.
         out: the folder to make.
@@ -173,11 +178,12 @@ def quantize(
         solver: options of the calibrated solver, in place of the method's own.
         device: where torch calibrates, such as "cuda"; by default a GPU if there is one.
         offload: keep activations in a file beside `out`, not in memory.
-        threads: all CPUs by default.
+        threads: all CPUs by default, or this process's share of them.
         overwrite: replace an existing quantized model at `out`, or partial output of another run.
         shard_bytes: most tensor bytes in one weight file.
-        progress: called with weights done, weights in all, and the name of the tensor in work.
-        announce: called with what a person may want to know before long work starts.
+        progress: called with weights done, weights in all, and the name of the tensor in work; by the first
+            process only.
+        announce: called with what a person may want to know before long work starts; the same.
 
     Raises:
         MissingDependencyError: a method with calibration or a target, and torch or transformers are not
@@ -188,127 +194,177 @@ def quantize(
         OutputExistsError: `out` exists.
         ResumeMismatchError: `OUT.partial` is of another source, or made with other settings.
         DiskSpaceError: the disk is too small, or full.
+        WorkerLostError: another process of the job ended.
         ElutqError: the source cannot be read (see `Checkpoint.open`).
     """
     started = time.monotonic()
+    with World.join(device) as world:
+        if not world.is_main:
+            progress = announce = None
+        progress = progress or (lambda done, total, name: None)
+        announce = announce or (lambda text: None)
+        target, blocks_scheme = world.everywhere(
+            lambda: _check(
+                method, threads, shard_bytes, bits, group_size, param_bits, target_bpw, target_bytes
+            )
+        )
+        calibrated = method in CALIBRATED_METHODS
+        weigh = (calibrated or method == "hlq") if importance is None else importance
+        with world.everywhere(lambda: Checkpoint.open(source)) as original:
+            if original.scheme is not None:
+                raise InvalidArgumentError(f"{source} is quantized already; give the original model")
+            checkpoint = RotatedCheckpoint(original) if rotate else original
+            found = {name: checkpoint.info(name) for name in checkpoint.names()}
+            allocation: Allocation | None = None
+
+            def decide() -> tuple[ModelScheme, Calibration | None]:
+                nonlocal allocation
+                scheme = plan(checkpoint.engine, blocks_scheme, lm_head_bits, embedding_bits)
+                limit = checkpoint.engine.max_position_embeddings
+                data = None
+                if target:
+                    allocation = _allocation(checkpoint, scheme, found, target, shard_bytes)
+                    check_replaceable(Path(out), overwrite)  # long work comes before the writer
+                if calibrated:
+                    _require_torch(f"method {method}")
+                    length = calibration_length or min(DEFAULT_LENGTH, limit)
+                    data = _calibration_data(
+                        checkpoint, calibration, calibration_samples, length, HELD_OUT, calibration_seed
+                    )
+                elif allocation:
+                    length = min(calibration_length or allocation.length, limit)
+                    samples = max(allocation.windows, len(calibration))
+                    data = _calibration_data(checkpoint, calibration, samples, length, 0, calibration_seed)
+                if allocation and data:
+                    scheme = allocation.choose(
+                        data.token_ids,
+                        "hlq" if calibrated else method,
+                        weigh,
+                        threads=threads,
+                        device=device,
+                        offload=offload,
+                        out=Path(out).resolve(),
+                        fingerprint=_fingerprint(checkpoint, None, method, weigh, data),
+                        announce=announce,
+                    )
+                return scheme, data
+
+            scheme, data = world.from_main(decide)
+            parts = model_parts(checkpoint.engine, scheme)
+            writer = world.on_main(
+                lambda: CheckpointWriter(
+                    out,
+                    [spec for part in parts for spec in part.specs(found)],
+                    _fingerprint(checkpoint, scheme, method, weigh, data, solver),
+                    shard_bytes=shard_bytes,
+                    overwrite=overwrite,
+                )
+            )
+            with writer or nullcontext():
+                job = DataFreeJob(
+                    world,
+                    checkpoint,
+                    writer,
+                    parts,
+                    "hlq" if calibrated else method,
+                    weigh,
+                    threads,
+                    progress,
+                )
+                blocks = None
+                if calibrated and data:
+                    blocks = _quantize_blocks(
+                        world,
+                        checkpoint,
+                        writer,
+                        parts,
+                        job,
+                        data,
+                        solver or method,
+                        Path(out).resolve().parent if offload else None,
+                        threads,
+                        announce,
+                    )
+                job.run(parts)
+                nll = None if blocks is None else blocks.evaluate()
+
+                def finish() -> QuantizationReport:
+                    assert writer is not None
+                    records = {part.name: writer.done[part.name] for part in parts if part.scheme}
+                    errors = {
+                        name: SquaredError(record["error"], record["norm"])
+                        for name, record in records.items()
+                    }
+                    seconds = time.monotonic() - started
+                    config = {**checkpoint.config, "quantization_config": scheme.to_config()}
+                    report = QuantizationReport(
+                        source=os.fspath(source),
+                        out=str(writer.out),
+                        model_type=checkpoint.engine.model_type,
+                        settings={
+                            **scheme.to_config(),
+                            "method": method,
+                            "importance": weigh,
+                            "rotate": rotate,
+                            "target": target and asdict(target),
+                        },
+                        versions={
+                            "elutq": __version__,
+                            "format": scheme.version,
+                            "python": platform.python_version(),
+                            "numpy": np.__version__,
+                        },
+                        file_bytes=writer.file_bytes,
+                        seconds=seconds,
+                        weights_per_second=job.quantized / seconds,
+                        summary=summarize(parts, found, errors),
+                        calibration=None if data is None else data.record,
+                        outputs={}
+                        if blocks is None
+                        else {k: asdict(v) for k, v in blocks.outcomes().items()},
+                        blocks=[] if blocks is None else [asdict(block) for block in blocks.blocks],
+                        nll=None if nll is None else asdict(nll),
+                        sensitivity=allocation.record if allocation else None,
+                        generation=None,
+                        warnings=[*(data.warnings if data else ()), *(blocks.warnings() if blocks else ())],
+                    )
+                    card = model_card(
+                        os.fspath(source),
+                        checkpoint.path,
+                        report.settings,
+                        report.summary,
+                        chat=_has_chat_template(checkpoint.path),
+                    )
+                    texts = {REPORT_FILE: report.to_json(), CARD_FILE: card}
+                    writer.finish(config, side_files(checkpoint.path), texts)
+                    if allocation:
+                        allocation.forget()
+                    return _try_out(report, checkpoint, writer.out, data) if calibrated and data else report
+
+                return world.from_main(finish)
+
+
+def _check(
+    method: str,
+    threads: int | None,
+    shard_bytes: int,
+    bits: int | None,
+    group_size: int | None,
+    param_bits: int,
+    target_bpw: float | None,
+    target_bytes: int | None,
+) -> tuple[Target | None, QuantScheme]:
+    """The target, if there is one, and the scheme of the blocks that options ask for."""
     if method not in METHODS:
         raise InvalidArgumentError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    calibrated = method in CALIBRATED_METHODS
-    if importance is None:
-        importance = calibrated or method == "hlq"
     if threads is not None and threads < 1:
         raise InvalidArgumentError(f"threads must be at least 1, not {threads}")
     if type(shard_bytes) is not int or shard_bytes < 1:
         raise InvalidArgumentError(f"shard_bytes must be a positive integer, not {shard_bytes!r}")
-    announce = announce or (lambda text: None)
     target = _target(bits, group_size, target_bpw, target_bytes)
-    blocks_scheme = QuantScheme(
+    return target, QuantScheme(
         2 if bits is None else bits, 128 if group_size is None else group_size, param_bits
     )
-    with Checkpoint.open(source) as original:
-        if original.scheme is not None:
-            raise InvalidArgumentError(f"{source} is quantized already; give the original model")
-        checkpoint = RotatedCheckpoint(original) if rotate else original
-        scheme = plan(checkpoint.engine, blocks_scheme, lm_head_bits, embedding_bits)
-        found = {name: checkpoint.info(name) for name in checkpoint.names()}
-        allocation = data = None
-        if target:
-            allocation = _allocation(checkpoint, scheme, found, target, shard_bytes)
-            check_replaceable(Path(out), overwrite)  # long work comes before the writer
-        if calibrated:
-            _require_torch(f"method {method}")
-            length = calibration_length or min(DEFAULT_LENGTH, checkpoint.engine.max_position_embeddings)
-            data = _calibration_data(
-                checkpoint, calibration, calibration_samples, length, HELD_OUT, calibration_seed
-            )
-        elif allocation:
-            length = min(calibration_length or allocation.length, checkpoint.engine.max_position_embeddings)
-            samples = max(allocation.windows, len(calibration))
-            data = _calibration_data(checkpoint, calibration, samples, length, 0, calibration_seed)
-        if allocation and data:
-            scheme = allocation.choose(
-                data.token_ids,
-                "hlq" if calibrated else method,
-                importance,
-                threads=threads,
-                device=device,
-                offload=offload,
-                out=Path(out).resolve(),
-                fingerprint=_fingerprint(checkpoint, None, method, importance, data),
-                announce=announce,
-            )
-        parts = model_parts(checkpoint.engine, scheme)
-        writer = CheckpointWriter(
-            out,
-            [spec for part in parts for spec in part.specs(found)],
-            _fingerprint(checkpoint, scheme, method, importance, data, solver),
-            shard_bytes=shard_bytes,
-            overwrite=overwrite,
-        )
-        with writer:
-            job = DataFreeJob(
-                checkpoint,
-                writer,
-                parts,
-                "hlq" if calibrated else method,
-                importance,
-                threads,
-                progress or (lambda done, total, name: None),
-            )
-            blocks = None
-            if calibrated and data:
-                blocks = _quantize_blocks(
-                    checkpoint, writer, parts, job, data, method, solver, device, offload, threads, announce
-                )
-            job.run(parts)
-            nll = None if blocks is None else blocks.evaluate()
-            records = {part.name: writer.done[part.name] for part in parts if part.scheme}
-            errors = {name: SquaredError(record["error"], record["norm"]) for name, record in records.items()}
-            seconds = time.monotonic() - started
-            config = {**checkpoint.config, "quantization_config": scheme.to_config()}
-            report = QuantizationReport(
-                source=os.fspath(source),
-                out=str(writer.out),
-                model_type=checkpoint.engine.model_type,
-                settings={
-                    **scheme.to_config(),
-                    "method": method,
-                    "importance": importance,
-                    "rotate": rotate,
-                    "target": target and asdict(target),
-                },
-                versions={
-                    "elutq": __version__,
-                    "format": scheme.version,
-                    "python": platform.python_version(),
-                    "numpy": np.__version__,
-                },
-                file_bytes=writer.file_bytes,
-                seconds=seconds,
-                weights_per_second=job.quantized / seconds,
-                summary=summarize(parts, found, errors),
-                calibration=None if data is None else data.record,
-                outputs={} if blocks is None else {k: asdict(v) for k, v in blocks.outcomes().items()},
-                blocks=[] if blocks is None else [asdict(block) for block in blocks.blocks],
-                nll=None if nll is None else asdict(nll),
-                sensitivity=allocation.record if allocation else None,
-                generation=None,
-                warnings=[*(data.warnings if data else ()), *(blocks.warnings() if blocks else ())],
-            )
-            card = model_card(
-                os.fspath(source),
-                checkpoint.path,
-                report.settings,
-                report.summary,
-                chat=_has_chat_template(checkpoint.path),
-            )
-            texts = {REPORT_FILE: report.to_json(), CARD_FILE: card}
-            writer.finish(config, side_files(checkpoint.path), texts)
-            if allocation:
-                allocation.forget()
-        if calibrated and data:
-            report = _try_out(report, checkpoint, writer.out, data)
-    return report
 
 
 def _try_out(
@@ -397,40 +453,40 @@ def _calibration_data(
 
 
 def _quantize_blocks(
+    world: World,
     checkpoint: Checkpoint | RotatedCheckpoint,
-    writer: CheckpointWriter,
+    writer: CheckpointWriter | None,
     parts: Sequence[Part],
     job: DataFreeJob,
     data: Calibration,
-    method: str,
-    solver: "SolverOptions | None",
-    device: str | None,
-    offload: bool,
+    solver: "SolverOptions | str",
+    offload: Path | None,
     threads: int | None,
     announce: Callable[[str], None],
 ) -> "CalibratedJob":
     """Quantize the blocks with calibration data; embedding and head are for `job`."""
     from elutq.calibrated import METHODS as SOLVERS
-    from elutq.calibrated import CalibratedJob, choose_device
+    from elutq.calibrated import CalibratedJob
 
     job.run(part for part in parts if part.name == EMBEDDING)  # the walk begins with it
-    chosen = choose_device(device)
     blocks = CalibratedJob(
         checkpoint,
         parts,
         writer,
         data,
-        solver or SOLVERS[method],
-        device=chosen,
-        offload=writer.out.parent if offload else None,
+        SOLVERS[solver] if isinstance(solver, str) else solver,
+        world=world,
+        offload=offload,
         threads=threads,
         progress=job.advance,
     )
     needed = blocks.estimate
+    each = f" in each of {world.size} processes" if world.size > 1 else ""
     announce(
-        f"calibrating on {data.token_ids.size} tokens, {chosen.type}: "
+        f"calibrating on {data.token_ids.size} tokens, {world.device.type}: "
         f"about {max(1, round(needed.seconds / 60))} min, {needed.memory_bytes / 1e9:.1f} GB of memory"
         + (f", {needed.offload_bytes / 1e9:.1f} GB of disk" if offload else "")
+        + each
     )
     blocks.run()
     if HEAD in {part.name for part in parts if part.scheme}:

@@ -27,7 +27,8 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except ElutqError as error:
-            print("error:", " ".join(str(error).split()), file=sys.stderr)  # noqa: T201
+            if not error.elsewhere:
+                print("error:", " ".join(str(error).split()), file=sys.stderr)  # noqa: T201
             raise typer.Exit(1) from None
 
 

@@ -1,6 +1,7 @@
 """Output: results go to stdout, progress to stderr, and only where a person watches."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,11 @@ Progress = Callable[[int, int, str], None]
 
 _WIDTH_WITHOUT_TERMINAL = 120
 _MOST_WIDTH = 10_000
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for its job: of those that torchrun starts, the first does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print_json(result: Mapping[str, Any]) -> None:
@@ -46,12 +52,12 @@ def show(*items: "RenderableType") -> None:
 
 @contextmanager
 def progress_bar(unit: str | None = None) -> Iterator[Progress]:
-    """A bar on stderr; silent when stderr is not a terminal.
+    """A bar on stderr; silent when stderr is not a terminal, and in all processes of a job but the first.
 
     Args:
         unit: what is counted, e.g. "weights", to show a rate and the time left; None where steps are unequal.
     """
-    if not sys.stderr.isatty():
+    if not (sys.stderr.isatty() and is_main_process()):
         yield lambda done, total, what: None
         return
     from rich.console import Console

@@ -100,12 +100,21 @@ def quantize(
 ) -> None:
     """Quantize a Hugging Face model into a folder of 1-4 bit weights.
 
-    Interrupted, it continues where it stopped when it is run again.
+    Interrupted, it continues where it stopped when it is run again. Methods with calibration data scale out:
+    `torchrun --nproc-per-node N -m elutq quantize ...` (docs/scale.md).
     """
     from dataclasses import asdict
 
     from elutq.budget import parse_size
-    from elutq.cli.console import announce, magnitude, megabytes, print_json, progress_bar, show
+    from elutq.cli.console import (
+        announce,
+        is_main_process,
+        magnitude,
+        megabytes,
+        print_json,
+        progress_bar,
+        show,
+    )
     from elutq.cli.tables import kinds_table
     from elutq.quantize import quantize as run
 
@@ -134,6 +143,8 @@ def quantize(
             progress=progress,
             announce=announce,
         )
+    if not is_main_process():
+        return
     if as_json:
         print_json(asdict(report))
         return
