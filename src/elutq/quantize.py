@@ -210,9 +210,7 @@ def quantize(
         )
         calibrated = method in CALIBRATED_METHODS
         weigh = (calibrated or method == "hlq") if importance is None else importance
-        with world.everywhere(lambda: Checkpoint.open(source)) as original:
-            if original.scheme is not None:
-                raise InvalidArgumentError(f"{source} is quantized already; give the original model")
+        with world.everywhere(lambda: _open(source)) as original:
             checkpoint = RotatedCheckpoint(original) if rotate else original
             found = {name: checkpoint.info(name) for name in checkpoint.names()}
             allocation: Allocation | None = None
@@ -342,6 +340,14 @@ def quantize(
                     return _try_out(report, checkpoint, writer.out, data) if calibrated and data else report
 
                 return world.from_main(finish)
+
+
+def _open(source: str | os.PathLike[str]) -> Checkpoint:
+    checkpoint = Checkpoint.open(source)
+    if checkpoint.scheme is not None:
+        checkpoint.close()
+        raise InvalidArgumentError(f"{source} is quantized already; give the original model")
+    return checkpoint
 
 
 def _check(

@@ -66,7 +66,7 @@ class World:
             WorkerLostError: the others cannot be reached.
         """
         made = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
-        if not made and "torch" not in sys.modules:
+        if not made and "torch.distributed" not in sys.modules:
             return cls(device)
         import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""A real Chromium, and a server that gives scripted answers to the chat page."""
+"""Texts and a model to calibrate with; a real Chromium, and a server of scripted answers for its page."""
 
 import json
 import mimetypes
@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,6 +104,40 @@ class ScriptedServer(ThreadingHTTPServer):
     def fail(self, status: int, message: str, code: str = "", **headers: str) -> None:
         error = {"message": message, "code": code}
         self.replies.append(Reply(status=status, error=error, headers=headers))
+
+
+@pytest.fixture(scope="package")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
+    """A file of text by the bundled model to calibrate on, and other tokens of it to judge by."""
+    from elutq.calibration import sample_text
+    from elutq.models import bundled_model
+    from elutq.runtime import load
+
+    with load(bundled_model()) as model:
+        ids = sample_text(model, 24, 160, seed=3)
+        file = tmp_path_factory.mktemp("texts") / "calibration.txt"
+        file.write_text(
+            "\n<|endoftext|>\n".join(model.tokenizer.decode(row[1:].tolist()) for row in ids[:16])
+        )
+        return file, ids[16:].ravel().tolist()
+
+
+@pytest.fixture(scope="package")
+def two_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first two blocks of the bundled model."""
+    import torch
+    import transformers
+
+    from elutq.models import bundled_model
+
+    folder = tmp_path_factory.mktemp("models") / "two-blocks"
+    model = transformers.AutoModelForCausalLM.from_pretrained(bundled_model(), dtype=torch.bfloat16)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    model.config.layer_types = None
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(bundled_model()).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

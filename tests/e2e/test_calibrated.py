@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from elutq import errors
-from elutq.calibration import load_calibration, sample_text
+from elutq.calibration import load_calibration
 from elutq.eval import evaluate
 from elutq.models import bundled_model
 from elutq.quantize import CALIBRATED_METHODS, METHODS, quantize
@@ -25,31 +25,6 @@ transformers = pytest.importorskip("transformers")
 
 SMALL = {"calibration_samples": 8, "calibration_length": 64}
 VOLATILE = {"quantization_report.json", "quantization_report.html", "quantization_report.png"}
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
-    """A file of text by the bundled model to calibrate on, and other tokens of it to judge by."""
-    with load(bundled_model()) as model:
-        ids = sample_text(model, 24, 160, seed=3)
-        file = tmp_path_factory.mktemp("texts") / "calibration.txt"
-        file.write_text(
-            "\n<|endoftext|>\n".join(model.tokenizer.decode(row[1:].tolist()) for row in ids[:16])
-        )
-        return file, ids[16:].ravel().tolist()
-
-
-@pytest.fixture(scope="module")
-def two_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first two blocks of the bundled model."""
-    folder = tmp_path_factory.mktemp("models") / "two-blocks"
-    model = transformers.AutoModelForCausalLM.from_pretrained(bundled_model(), dtype=torch.bfloat16)
-    model.model.layers = model.model.layers[:2]
-    model.config.num_hidden_layers = 2
-    model.config.layer_types = None
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(bundled_model()).save_pretrained(folder)
-    return folder
 
 
 def weights(folder: Path) -> dict[str, bytes]:
