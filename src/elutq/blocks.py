@@ -96,7 +96,7 @@ class DecoderBlock:
         self._input_norm, self._mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self._router = layer.mlp.gate if self.sparse else None
 
-        self.linears: dict[str, nn.Linear] = {
+        self.linears: dict[str, Any] = {
             spec.name: getattr(self._attention, spec.name.rpartition(".")[2]) for spec in attention
         }
         for mlp in self.mlps:
@@ -120,6 +120,18 @@ class DecoderBlock:
         attended = self.attend(self.attention_input(hidden), positions, mask)
         hidden = self.add_attention(hidden, attended)
         return hidden + self.mlp(self.mlp_input(hidden))
+
+    def replace(self, name: str, linear: nn.Module) -> None:
+        """Put another module in the place of a linear one."""
+        attribute = name.rpartition(".")[2]
+        if name == self.o_proj:
+            pass  # it is called by its entry in `linears`
+        elif name in self.qkv:
+            setattr(self._attention, attribute, linear)
+        else:
+            (mlp,) = (mlp for mlp in self.mlps if name in mlp.names)
+            setattr(mlp, ("gate", "up", "down")[mlp.names.index(name)], linear)
+        self.linears[name] = self.modules[name] = linear
 
     def attention_input(self, hidden: Tensor) -> Tensor:
         """What q_proj, k_proj and v_proj read, [windows, length, hidden_size]."""
@@ -190,6 +202,11 @@ class BlockReader:
         self._rotary = type(self._model.rotary_emb)(config).to(device)
         self._norm: nn.Module | None = None
 
+    @property
+    def engine(self) -> EngineConfig:
+        """Dimensions of the model."""
+        return self._source.engine
+
     def block(self, index: int) -> DecoderBlock:
         """Block `index` with its weights."""
         with torch.device("meta"):
@@ -221,11 +238,16 @@ class BlockReader:
         age = torch.arange(length, device=self._device)[:, None] - torch.arange(length, device=self._device)
         return ((age >= 0) & (age < window))[None, None]
 
+    def final_norm(self) -> nn.Module:
+        """What normalizes the residual stream for the head, with its weights."""
+        norm: nn.Module = deepcopy(self._model.norm)
+        self._load(norm, FINAL_NORM.removesuffix(".weight"))
+        return norm
+
     def head_input(self, hidden: Tensor) -> Tensor:
         """What the head reads, [tokens, hidden_size]: the last residual stream, normalized."""
         if self._norm is None:
-            self._norm = deepcopy(self._model.norm)
-            self._load(self._norm, FINAL_NORM.removesuffix(".weight"))
+            self._norm = self.final_norm()
         normalized: Tensor = self._norm(hidden.reshape(-1, hidden.shape[-1]))
         return normalized
 

@@ -30,6 +30,8 @@ METHODS: Mapping[str, SolverOptions] = {
     "gptq": GPTQ,
     "ao-gptq": PUBLISHED,
 }
+#: `hlq-gptq` in a hurry.
+FAST = SolverOptions(rounds=2)
 
 # What the estimates rest on: rough figures of two cores (`benchmarks/quantize_memory.py` shows what is true).
 _PROBE = 1536  # side of the matrices that are multiplied to see how fast that is
@@ -103,7 +105,7 @@ class CalibratedJob:
             world=world,
             offload=offload,
             threads=self._threads,
-            embed_quantized=None if embedding is None else _embedder(embedding, world.device),
+            embed_quantized=None if embedding is None else embedder(embedding, world.device),
             progress=progress,
         )
 
@@ -268,7 +270,9 @@ def _free_memory() -> int:
     return max(0, min(limits))
 
 
-def _embedder(embedding: HlqMatrix, device: torch.device) -> Callable[[Tensor], Tensor]:
+def embedder(embedding: HlqMatrix, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A quantized embedding: int64 [...] on the CPU -> float32 [..., hidden_size] on the device."""
+
     def embed(token_ids: Tensor) -> Tensor:
         rows, place = np.unique(token_ids.numpy(), return_inverse=True)
         arrays: dict[str, Any] = {

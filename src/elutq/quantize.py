@@ -1,21 +1,19 @@
-"""The pipeline of `elutq quantize`: plan, run, report.
+"""The pipeline of `elutq quantize`: checks what is asked for, plans it, and has it done (`elutq.stages`).
 
 Without calibration data, weights go through one piece of a tensor at a time, so peak memory does not grow
 with the model. Matrices are independent of each other, and so are their rows; the result depends on neither
 the pieces nor the threads. With it, the blocks are walked one after the other (`elutq.layerwise`); embedding
-and head are still quantized on their own. Processes that torchrun started share that walk; the first does
-everything else, and alone writes (`elutq.world`).
+and head are still quantized on their own. Finetuning follows, block by block and as a whole
+(`elutq.finetune`). Processes that torchrun started share the walk and the tuning; the first does everything
+else, and alone writes (`elutq.world`).
 """
 
 import json
 import os
-import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,44 +21,25 @@ from elutq import __version__, hlq
 from elutq.architectures import EMBEDDING, HEAD, EngineConfig
 from elutq.budget import Target
 from elutq.calibration import SELF, Calibration, load_calibration
-from elutq.checkpoint import (
-    DEFAULT_SHARD_BYTES,
-    Checkpoint,
-    CheckpointWriter,
-    Part,
-    TensorInfo,
-    check_replaceable,
-    model_parts,
-    side_files,
-    write_atomically,
-)
-from elutq.data_free import DataFreeJob, Progress
-from elutq.errors import InvalidArgumentError, MissingDependencyError, TokenizerError
-from elutq.model_card import CARD_FILE, model_card
-from elutq.report import ModelSummary, SquaredError, summarize
+from elutq.checkpoint import DEFAULT_SHARD_BYTES, Checkpoint, TensorInfo, check_replaceable
+from elutq.data_free import Progress
+from elutq.errors import InvalidArgumentError, MissingDependencyError
+from elutq.finetune.options import FinetuneOptions, TuningText, choose
 from elutq.rotation import RotatedCheckpoint
 from elutq.runtime import load
 from elutq.scheme import MAX_BITS, OUTER_SCHEME, ModelScheme, QuantScheme
-from elutq.smoke import check_generation
+from elutq.stages import Job, QuantizationReport
 from elutq.tokenizer import Tokenizer
 from elutq.world import World
 
 if TYPE_CHECKING:
     from elutq.allocation import Allocation
-    from elutq.calibrated import CalibratedJob
     from elutq.gptq import SolverOptions
 
 #: Methods that need calibration data: HLQ, and for comparison plain GPTQ on the best-clipped uniform grid,
 #: and HLQ-GPTQ as published (`elutq.gptq`).
 CALIBRATED_METHODS = ("hlq-gptq", "gptq", "ao-gptq")
 METHODS = (*hlq.METHODS, *CALIBRATED_METHODS)
-
-REPORT_FILE = "quantization_report.json"
-PAGE_FILE = "quantization_report.html"
-FIGURE_FILE = "quantization_report.png"
-
-# Of the smoke test.
-_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 16, 96
 
 #: `embedding_bits` and `lm_head_bits` that leave the matrix as it is.
 KEEP_BITS = 16
@@ -70,52 +49,8 @@ LARGE_MATRIX = 1 << 24
 DEFAULT_LENGTH = 2048
 #: Windows that are not calibrated on, but show what it was good for.
 HELD_OUT = 8
-
-
-@dataclass(frozen=True)
-class QuantizationReport:
-    """What was made, how, and how close it is to the original.
-
-    Attributes:
-        source: the model as it was given.
-        out: the folder that was made.
-        model_type: Hugging Face's name of the family.
-        settings: the options in effect, `None` resolved.
-        versions: of this package, the format, Python and NumPy.
-        file_bytes: size of the weight files.
-        seconds: of this run; less than the whole work if it continued an earlier one.
-        weights_per_second: quantized in this run, over its seconds.
-        summary: sizes and errors per tensor and per kind.
-        calibration: what it was calibrated on (`Calibration.record`), None without.
-        outputs: module -> how its calibration went (`layerwise.Outcome`).
-        blocks: error of the residual stream after each block (`layerwise.BlockOutcome`).
-        nll: both models on windows held out of the calibration (`layerwise.HeldOut`), None without.
-        sensitivity: how much each matrix matters, and what it got (`Allocation.record`); None without a
-            target.
-        generation: whether it still writes text (`smoke.GenerationCheck`), None without calibration.
-        warnings: what is to be known of the result.
-    """
-
-    source: str
-    out: str
-    model_type: str
-    settings: dict[str, Any]
-    versions: dict[str, Any]
-    file_bytes: int
-    seconds: float
-    weights_per_second: float
-    summary: ModelSummary
-    calibration: dict[str, Any] | None
-    outputs: dict[str, dict[str, Any]]
-    blocks: list[dict[str, Any]]
-    nll: dict[str, Any] | None
-    sensitivity: dict[str, Any] | None
-    generation: dict[str, Any] | None
-    warnings: list[str]
-
-    def to_json(self) -> str:
-        """The content of `quantization_report.json`."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+#: Further windows that finetuning is not trained on, but that decide which state is the best.
+JUDGES = 16
 
 
 def quantize(
@@ -127,7 +62,7 @@ def quantize(
     target_bpw: float | None = None,
     target_bytes: int | None = None,
     param_bits: int = 16,
-    method: str = "hlq",
+    method: str | None = None,
     lm_head_bits: int | None = None,
     embedding_bits: int | None = None,
     importance: bool | None = None,
@@ -135,6 +70,9 @@ def quantize(
     calibration_samples: int = 128,
     calibration_length: int | None = None,
     calibration_seed: int = 0,
+    finetune: Sequence[str] | FinetuneOptions | None = None,
+    finetune_samples: int | None = None,
+    effort: str | None = None,
     rotate: bool = False,
     solver: "SolverOptions | None" = None,
     device: str | None = None,
@@ -147,8 +85,9 @@ def quantize(
 ) -> QuantizationReport:
     """Quantize a model folder.
 
-    Interrupted or killed, it leaves `OUT.partial`, and the same call goes on from there; `out` appears only
-    when it is complete. The weight files are the same, byte for byte, however often the work was interrupted.
+    Interrupted or killed, it leaves `OUT.partial`, with finetuning `OUT.stages`, and the same call goes on
+    from there; `out` appears only when it is complete. The weight files are the same, byte for byte, however
+    often the work was interrupted.
 
     Under torchrun all processes call it alike, share the calibrated work and get the report.
 
@@ -164,7 +103,7 @@ def quantize(
         param_bits: of a scale or zero, in all matrices that are quantized: 16, or 8 under one fp16 factor per
             row. With 8, `hlq.to_8bit` follows a method without calibration, and a uniform grid does not stay
             quite uniform; one with calibration rounds as it goes.
-        method: one of `METHODS`.
+        method: one of `METHODS`; by default "hlq", or "hlq-gptq" with an effort or finetuning.
         lm_head_bits: 1 to 4 (in groups of 128), or 16 to leave the head as it is. By default 4 if it has at
             least 2^24 weights, else 16. A tied head is the embedding.
         embedding_bits: the same for the embedding.
@@ -174,6 +113,11 @@ def quantize(
         calibration_samples: windows of text to calibrate on.
         calibration_length: tokens in a window; by default 2048, or the model's limit.
         calibration_seed: decides which windows of the texts are taken.
+        finetune: what follows a method with calibration: some of "block" and "e2e", in this order, or all
+            options.
+        finetune_samples: windows of the same texts to finetune on; by default 512, with effort "best" 2048.
+        effort: "fast" is calibration alone, with fewer rounds; "balanced" adds both stages of finetuning;
+            "best" has more text for them, and changes codes in the second, too. What is said besides wins.
         rotate: quantize the model in rotated axes (`elutq.rotation`).
         solver: options of the calibrated solver, in place of the method's own.
         device: where torch calibrates, such as "cuda"; by default a GPU if there is one.
@@ -197,38 +141,54 @@ def quantize(
         WorkerLostError: another process of the job ended.
         ElutqError: the source cannot be read (see `Checkpoint.open`).
     """
-    started = time.monotonic()
     with World.join(device) as world:
         if not world.is_main:
             progress = announce = None
         progress = progress or (lambda done, total, name: None)
         announce = announce or (lambda text: None)
-        target, blocks_scheme = world.everywhere(
-            lambda: _check(
-                method, threads, shard_bytes, bits, group_size, param_bits, target_bpw, target_bytes
+        asked = world.everywhere(
+            lambda: _Asked.of(
+                method,
+                finetune,
+                finetune_samples,
+                effort,
+                threads,
+                shard_bytes,
+                QuantScheme(
+                    2 if bits is None else bits, 128 if group_size is None else group_size, param_bits
+                ),
+                _target(bits, group_size, target_bpw, target_bytes),
             )
         )
-        calibrated = method in CALIBRATED_METHODS
+        method, tuned, calibrated = asked.method, asked.finetune, asked.method in CALIBRATED_METHODS
         weigh = (calibrated or method == "hlq") if importance is None else importance
+        if effort == "fast" and method == "hlq-gptq" and solver is None:
+            from elutq.calibrated import FAST
+
+            solver = FAST
         with world.everywhere(lambda: _open(source)) as original:
             checkpoint = RotatedCheckpoint(original) if rotate else original
             found = {name: checkpoint.info(name) for name in checkpoint.names()}
             allocation: Allocation | None = None
 
-            def decide() -> tuple[ModelScheme, Calibration | None]:
+            def decide() -> tuple[ModelScheme, Calibration | None, TuningText | None]:
                 nonlocal allocation
-                scheme = plan(checkpoint.engine, blocks_scheme, lm_head_bits, embedding_bits)
+                scheme = plan(checkpoint.engine, asked.blocks, lm_head_bits, embedding_bits)
                 limit = checkpoint.engine.max_position_embeddings
-                data = None
-                if target:
-                    allocation = _allocation(checkpoint, scheme, found, target, shard_bytes)
+                data = text = None
+                if asked.target:
+                    allocation = _allocation(checkpoint, scheme, found, asked.target, shard_bytes)
                     check_replaceable(Path(out), overwrite)  # long work comes before the writer
                 if calibrated:
                     _require_torch(f"method {method}")
                     length = calibration_length or min(DEFAULT_LENGTH, limit)
+                    samples = max(calibration_samples, tuned.samples if tuned else 0)
+                    held_out = HELD_OUT + (JUDGES if tuned else 0)
                     data = _calibration_data(
-                        checkpoint, calibration, calibration_samples, length, HELD_OUT, calibration_seed
+                        checkpoint, calibration, samples, length, held_out, calibration_seed
                     )
+                    if tuned:
+                        data, text = _share(data, calibration_samples, tuned)
                 elif allocation:
                     length = min(calibration_length or allocation.length, limit)
                     samples = max(allocation.windows, len(calibration))
@@ -245,101 +205,42 @@ def quantize(
                         fingerprint=_fingerprint(checkpoint, None, method, weigh, data),
                         announce=announce,
                     )
-                return scheme, data
+                return scheme, data, text
 
-            scheme, data = world.from_main(decide)
-            parts = model_parts(checkpoint.engine, scheme)
-            writer = world.on_main(
-                lambda: CheckpointWriter(
-                    out,
-                    [spec for part in parts for spec in part.specs(found)],
-                    _fingerprint(checkpoint, scheme, method, weigh, data, solver),
-                    shard_bytes=shard_bytes,
-                    overwrite=overwrite,
-                )
+            scheme, data, text = world.from_main(decide)
+            job = Job(
+                world=world,
+                source=os.fspath(source),
+                checkpoint=checkpoint,
+                found=found,
+                scheme=scheme,
+                method=method,
+                importance=weigh,
+                calibration=data if calibrated else None,
+                solver=solver,
+                settings={
+                    **scheme.to_config(),
+                    "method": method,
+                    "importance": weigh,
+                    "rotate": rotate,
+                    "target": asked.target and asdict(asked.target),
+                    "finetune": tuned and tuned.record,
+                },
+                sensitivity=allocation.record if allocation else None,
+                warnings=list(data.warnings if data else ()),
+                fingerprint=_fingerprint(checkpoint, scheme, method, weigh, data, solver, tuned),
+                seed=calibration_seed,
+                offload=Path(out).resolve().parent if offload else None,
+                threads=threads,
+                overwrite=overwrite,
+                shard_bytes=shard_bytes,
+                progress=progress,
+                announce=announce,
             )
-            with writer or nullcontext():
-                job = DataFreeJob(
-                    world,
-                    checkpoint,
-                    writer,
-                    parts,
-                    "hlq" if calibrated else method,
-                    weigh,
-                    threads,
-                    progress,
-                )
-                blocks = None
-                if calibrated and data:
-                    blocks = _quantize_blocks(
-                        world,
-                        checkpoint,
-                        writer,
-                        parts,
-                        job,
-                        data,
-                        solver or method,
-                        Path(out).resolve().parent if offload else None,
-                        threads,
-                        announce,
-                    )
-                job.run(parts)
-                nll = None if blocks is None else blocks.evaluate()
-
-                def finish() -> QuantizationReport:
-                    assert writer is not None
-                    records = {part.name: writer.done[part.name] for part in parts if part.scheme}
-                    errors = {
-                        name: SquaredError(record["error"], record["norm"])
-                        for name, record in records.items()
-                    }
-                    seconds = time.monotonic() - started
-                    config = {**checkpoint.config, "quantization_config": scheme.to_config()}
-                    report = QuantizationReport(
-                        source=os.fspath(source),
-                        out=str(writer.out),
-                        model_type=checkpoint.engine.model_type,
-                        settings={
-                            **scheme.to_config(),
-                            "method": method,
-                            "importance": weigh,
-                            "rotate": rotate,
-                            "target": target and asdict(target),
-                        },
-                        versions={
-                            "elutq": __version__,
-                            "format": scheme.version,
-                            "python": platform.python_version(),
-                            "numpy": np.__version__,
-                        },
-                        file_bytes=writer.file_bytes,
-                        seconds=seconds,
-                        weights_per_second=job.quantized / seconds,
-                        summary=summarize(parts, found, errors),
-                        calibration=None if data is None else data.record,
-                        outputs={}
-                        if blocks is None
-                        else {k: asdict(v) for k, v in blocks.outcomes().items()},
-                        blocks=[] if blocks is None else [asdict(block) for block in blocks.blocks],
-                        nll=None if nll is None else asdict(nll),
-                        sensitivity=allocation.record if allocation else None,
-                        generation=None,
-                        warnings=[*(data.warnings if data else ()), *(blocks.warnings() if blocks else ())],
-                    )
-                    card = model_card(
-                        os.fspath(source),
-                        checkpoint.path,
-                        report.settings,
-                        report.summary,
-                        chat=_has_chat_template(checkpoint.path),
-                    )
-                    texts = {REPORT_FILE: report.to_json(), CARD_FILE: card}
-                    writer.finish(config, side_files(checkpoint.path), texts)
-                    if allocation:
-                        allocation.forget()
-                    return _try_out(report, checkpoint, writer.out, data) if calibrated and data else report
-
-                return world.from_main(finish)
+            report = job.run(Path(out).resolve(), tuned, text)
+            if allocation:
+                allocation.forget()
+            return report
 
 
 def _open(source: str | os.PathLike[str]) -> Checkpoint:
@@ -350,54 +251,60 @@ def _open(source: str | os.PathLike[str]) -> Checkpoint:
     return checkpoint
 
 
-def _check(
-    method: str,
-    threads: int | None,
-    shard_bytes: int,
-    bits: int | None,
-    group_size: int | None,
-    param_bits: int,
-    target_bpw: float | None,
-    target_bytes: int | None,
-) -> tuple[Target | None, QuantScheme]:
-    """The target, if there is one, and the scheme of the blocks that options ask for."""
-    if method not in METHODS:
-        raise InvalidArgumentError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    if threads is not None and threads < 1:
-        raise InvalidArgumentError(f"threads must be at least 1, not {threads}")
-    if type(shard_bytes) is not int or shard_bytes < 1:
-        raise InvalidArgumentError(f"shard_bytes must be a positive integer, not {shard_bytes!r}")
-    target = _target(bits, group_size, target_bpw, target_bytes)
-    return target, QuantScheme(
-        2 if bits is None else bits, 128 if group_size is None else group_size, param_bits
-    )
+@dataclass(frozen=True)
+class _Asked:
+    """The options that depend on each other."""
+
+    method: str
+    finetune: FinetuneOptions | None
+    blocks: QuantScheme
+    target: Target | None
+
+    @classmethod
+    def of(
+        cls,
+        method: str | None,
+        finetune: Sequence[str] | FinetuneOptions | None,
+        samples: int | None,
+        effort: str | None,
+        threads: int | None,
+        shard_bytes: int,
+        blocks: QuantScheme,
+        target: Target | None,
+    ) -> "_Asked":
+        if threads is not None and threads < 1:
+            raise InvalidArgumentError(f"threads must be at least 1, not {threads}")
+        if type(shard_bytes) is not int or shard_bytes < 1:
+            raise InvalidArgumentError(f"shard_bytes must be a positive integer, not {shard_bytes!r}")
+        tuned = finetune if isinstance(finetune, FinetuneOptions) else choose(effort, finetune, samples)
+        method = method or ("hlq-gptq" if tuned or effort else "hlq")
+        if method not in METHODS:
+            raise InvalidArgumentError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+        if tuned and method not in CALIBRATED_METHODS:
+            raise InvalidArgumentError(
+                f"finetuning follows a method with calibration, not {method}; take hlq-gptq"
+            )
+        return cls(method, tuned, blocks, target)
 
 
-def _try_out(
-    report: QuantizationReport, source: Checkpoint | RotatedCheckpoint, out: Path, data: Calibration
-) -> QuantizationReport:
-    """Let the new model write, and draw the report, beside the weights that are in place already."""
-    from elutq.report_page import level_histograms, report_figure, report_page
-
-    windows = data.held_out if len(data.held_out) else data.token_ids
-    prompts = [window[: min(_PROMPT_TOKENS, len(window) // 2)].tolist() for window in windows[:_PROMPTS]]
-    with load(out) as model:
-        longest = model.config.max_position_embeddings - max(map(len, prompts))
-        check = check_generation(model, prompts, max_new_tokens=max(1, min(_NEW_TOKENS, longest)))
-    warnings = list(report.warnings)
-    if check.collapsed:
-        warnings.append(f"generated text has collapsed: {check.reason}")
-    report = replace(report, generation=asdict(check), warnings=warnings)
-    with Checkpoint.open(out) as quantized:
-        histograms = level_histograms(source, quantized, calibrated=True)
-    drawn = asdict(report)
-    for name, content in (
-        (REPORT_FILE, report.to_json().encode()),
-        (PAGE_FILE, report_page(drawn, histograms).encode()),
-        (FIGURE_FILE, report_figure(drawn, histograms)),
-    ):
-        write_atomically(out / name, content)
-    return report
+def _share(data: Calibration, samples: int, tuned: FinetuneOptions) -> tuple[Calibration, TuningText]:
+    """Windows to calibrate on, and those to finetune on, which may be the same; none of those to judge by."""
+    reported = np.arange(len(data.held_out)) % (1 + JUDGES // HELD_OUT) == 0
+    text = TuningText(data.token_ids[: tuned.samples], data.held_out[~reported], data.held_out[reported])
+    if len(text.train) < tuned.batch or not len(text.held_out):
+        raise InvalidArgumentError(
+            f"the text has room for {len(text.train)} windows to finetune on and {len(text.held_out)} to "
+            "judge by; give a longer text, or a smaller calibration length"
+        )
+    token_ids = data.token_ids[:samples]
+    record = {
+        **data.record,
+        "samples": len(token_ids),
+        "tokens": token_ids.size,
+        "held_out": len(text.report),
+        "finetune": {"samples": len(text.train), "held_out": len(text.held_out)},
+    }
+    return replace(data, token_ids=token_ids, held_out=text.report, record=record), text
 
 
 def _target(
@@ -458,48 +365,6 @@ def _calibration_data(
     )
 
 
-def _quantize_blocks(
-    world: World,
-    checkpoint: Checkpoint | RotatedCheckpoint,
-    writer: CheckpointWriter | None,
-    parts: Sequence[Part],
-    job: DataFreeJob,
-    data: Calibration,
-    solver: "SolverOptions | str",
-    offload: Path | None,
-    threads: int | None,
-    announce: Callable[[str], None],
-) -> "CalibratedJob":
-    """Quantize the blocks with calibration data; embedding and head are for `job`."""
-    from elutq.calibrated import METHODS as SOLVERS
-    from elutq.calibrated import CalibratedJob
-
-    job.run(part for part in parts if part.name == EMBEDDING)  # the walk begins with it
-    blocks = CalibratedJob(
-        checkpoint,
-        parts,
-        writer,
-        data,
-        SOLVERS[solver] if isinstance(solver, str) else solver,
-        world=world,
-        offload=offload,
-        threads=threads,
-        progress=job.advance,
-    )
-    needed = blocks.estimate
-    each = f" in each of {world.size} processes" if world.size > 1 else ""
-    announce(
-        f"calibrating on {data.token_ids.size} tokens, {world.device.type}: "
-        f"about {max(1, round(needed.seconds / 60))} min, {needed.memory_bytes / 1e9:.1f} GB of memory"
-        + (f", {needed.offload_bytes / 1e9:.1f} GB of disk" if offload else "")
-        + each
-    )
-    blocks.run()
-    if HEAD in {part.name for part in parts if part.scheme}:
-        job.known_importance[HEAD] = blocks.head_importance()
-    return blocks
-
-
 def plan(
     engine: EngineConfig, blocks: QuantScheme, lm_head_bits: int | None, embedding_bits: int | None
 ) -> ModelScheme:
@@ -537,6 +402,7 @@ def _fingerprint(
     importance: bool,
     data: Calibration | None,
     solver: "SolverOptions | None" = None,
+    finetune: FinetuneOptions | None = None,
 ) -> str:
     """Names the source's content and every setting that the result depends on; `scheme` if it is known."""
     return json.dumps(
@@ -546,6 +412,7 @@ def _fingerprint(
             "importance": importance,
             "calibration": None if data is None else data.record,
             "solver": None if solver is None else asdict(solver),
+            "finetune": finetune and finetune.record,
             "rotation": checkpoint.seed if isinstance(checkpoint, RotatedCheckpoint) else None,
             "scheme": None if scheme is None else scheme.to_config(),
             "config": checkpoint.config,
@@ -553,10 +420,3 @@ def _fingerprint(
         },
         sort_keys=True,
     )
-
-
-def _has_chat_template(folder: Path) -> bool:
-    try:
-        return Tokenizer.from_folder(folder).has_chat_template
-    except TokenizerError:  # models without a tokenizer may be quantized, too
-        return False

@@ -144,6 +144,10 @@ class CheckpointWriter:
         self._written[name] = self._written.get(name, 0) + array.nbytes
         self._unsynced += array.nbytes
 
+    def holds(self, name: str) -> bool:
+        """Whether a tensor is wholly written."""
+        return self._written.get(name, 0) == self._specs[name].nbytes
+
     def read(self, name: str) -> NDArray[Any]:
         """A tensor that is wholly written, a copy.
 

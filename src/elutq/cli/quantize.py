@@ -37,13 +37,21 @@ def quantize(
         int, typer.Option(help="Bits of a scale or zero: 16, or 8 under one factor per row.")
     ] = 16,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="hlq: in minutes, without data. hlq-gptq: the most accurate, with calibration data. "
             "To compare with: rtn (min-max grid), uniform (best-clipped grid), gptq (on that grid), "
-            "ao and ao-gptq (HLQ as published), adam (its gradient variant)."
+            "ao and ao-gptq (HLQ as published), adam (its gradient variant). By default hlq, or hlq-gptq "
+            "with --effort or --finetune."
         ),
-    ] = "hlq",
+    ] = None,
+    effort: Annotated[
+        str | None,
+        typer.Option(
+            help="How much to do for accuracy, with calibration data: fast (hlq-gptq, in a hurry), balanced "
+            "(then finetuning), best (finetuning on more text)."
+        ),
+    ] = None,
     importance: Annotated[
         bool | None,
         typer.Option(
@@ -82,6 +90,22 @@ def quantize(
     calibration_seed: Annotated[
         int, typer.Option(help="Decides which windows are taken.", rich_help_panel=_CALIBRATION)
     ] = 0,
+    finetune: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STAGES",
+            help="What follows calibration: block (each block against the full model's), e2e (the whole "
+            "model against the full one), or block,e2e.",
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = None,
+    finetune_samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Windows of the same texts to finetune on; by default 512, with --effort best 2048.",
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(help="cpu or cuda; by default a GPU if there is one.", rich_help_panel=_CALIBRATION),
@@ -136,6 +160,9 @@ def quantize(
             calibration_samples=calibration_samples,
             calibration_length=calibration_length,
             calibration_seed=calibration_seed,
+            finetune=None if finetune is None else finetune.split(","),
+            finetune_samples=finetune_samples,
+            effort=effort,
             device=device,
             offload=offload,
             threads=threads,
@@ -153,9 +180,10 @@ def quantize(
         f"{report.summary.linear_bits_per_weight:.3f} bits per weight in the decoder blocks; "
         f"{report.seconds:.1f} s, {magnitude(report.weights_per_second)} weights/s"
     ]
-    if report.nll:
-        lines.append(
-            f"on {report.nll['tokens']} tokens held out: nll {report.nll['full']:.4f} before, "
-            f"{report.nll['quantized']:.4f} after, KL {report.nll['kl']:.5f}"
-        )
+    lines += [
+        f"after {stage['name']}, {stage['seconds']:.0f} s: nll {nll['quantized']:.4f}, KL {nll['kl']:.5f} "
+        f"on {nll['tokens']} tokens held out, where the full model has nll {nll['full']:.4f}"
+        for stage in report.stages
+        if (nll := stage["nll"])
+    ]
     show(kinds_table(asdict(report.summary)), *lines, *(f"warning: {text}" for text in report.warnings))

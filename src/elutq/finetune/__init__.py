@@ -1,0 +1,1 @@
+"""Finetuning of quantized models: block reconstruction and end-to-end tuning."""

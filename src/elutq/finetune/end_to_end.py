@@ -1,0 +1,217 @@
+"""End-to-end tuning: the whole quantized model is tuned to predict what the full model predicts.
+
+The loss is KL(full || tuned) of the next token's distribution, or the likelihood of the text itself.
+Scales, zeros, norms and biases are trained (EfficientQAT, arXiv 2407.11062) and, with a `latent_rate`, codes.
+The full model runs once: what its head reads is kept, [tokens, hidden_size], which is less than its logits
+and gives them exactly.
+
+    memory     the quantized model in float32 parameters and byte codes (9 bytes more per weight with latent
+               weights and Adam's moments), and one block's activations where they are recomputed
+    processes  each has some windows; gradients are summed in every step
+    resuming   parameters and the optimizer's state are saved now and then, in one file
+"""
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from elutq.architectures import FINAL_NORM
+from elutq.blocks import BlockReader
+from elutq.finetune.block import get, own_windows, put
+from elutq.finetune.objective import Heads, add, mean
+from elutq.finetune.options import TuneOptions
+from elutq.finetune.quantized_block import (
+    QuantizedModel,
+    Tuned,
+    autocast,
+    make_trainable,
+    result,
+    set_vectors,
+    to_numpy,
+    vectors,
+)
+from elutq.finetune.tuning import Tuning
+from elutq.layerwise import Activations, HeldOut
+from elutq.world import World
+
+#: Activations of a step are recomputed, block by block, when there are more bytes of them.
+_KEPT_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class EndToEndOutcome:
+    """How end-to-end tuning went.
+
+    Attributes:
+        before: loss on the windows held out, in nats per token.
+        after: the same of the tuned model.
+        steps: of the optimizer.
+    """
+
+    before: float
+    after: float
+    steps: int
+
+
+class EndToEndTuner:
+    """A quantized model in torch, to be tuned as a whole.
+
+    Args:
+        reader: of the full model.
+        model: the quantized one.
+        quantized: names of the quantized modules in its blocks.
+        windows: int64 [windows, length], token ids to train on.
+        held_out: int64 [held, length], token ids that decide what is best.
+        report: int64 [windows, length], token ids that `evaluate` judges by.
+        options: what to do.
+        objective: "kl" or "lm", the likelihood of the text.
+        seed: of the order of the windows.
+        world: the processes that share the windows.
+        offload: folder for activations; None keeps them in memory.
+        embed_tuned: the embedding that the quantized model has, if it is another one.
+        head_tuned: float32 [vocab_size, hidden_size], its head, if that is another one.
+        progress: called with the share of the steps that is done.
+    """
+
+    def __init__(
+        self,
+        reader: BlockReader,
+        model: QuantizedModel,
+        quantized: Collection[str],
+        windows: NDArray[np.int64],
+        held_out: NDArray[np.int64],
+        report: NDArray[np.int64],
+        options: TuneOptions,
+        *,
+        objective: str = "kl",
+        seed: int,
+        world: World,
+        offload: Path | None = None,
+        embed_tuned: Callable[[Tensor], Tensor] | None = None,
+        head_tuned: NDArray[np.float32] | None = None,
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> None:
+        self._progress = progress
+        self._options, self._objective, self._seed, self._world = options, objective, seed, world
+        self._device = world.device
+        count, self._length = windows.shape
+        self._count = count
+        self._training = set(own_windows(count, options, world))
+        self._held_out = [count + i for i in world.share(len(held_out))]
+        self._held_count = len(held_out)
+        self._report = [count + len(held_out) + i for i in world.share(len(report))]
+        self._ids = torch.from_numpy(np.concatenate([windows, held_out, report]))
+        own = [*sorted(self._training), *self._held_out, *self._report]
+
+        engine = reader.engine
+        self._positions = reader.positions(self._length)
+        self._masks = [reader.mask(index, self._length) for index in range(engine.num_hidden_layers)]
+        self._inputs, self._full = Activations(offload), Activations(offload)
+        with torch.no_grad():
+            self._run_full(reader, own)
+            for window in own:
+                put(self._inputs, [window], (embed_tuned or reader.embed)(self._ids[[window]]))
+        head = reader.head()
+        self._heads = Heads(head, head if head_tuned is None else torch.from_numpy(head_tuned).to(head))
+        self._blocks = [reader.block(index) for index in range(engine.num_hidden_layers)]
+        for block in self._blocks:
+            make_trainable(block, model, quantized, self._device, train_codes=options.latent_rate > 0)
+        self._norm = {FINAL_NORM.removesuffix(".weight"): reader.final_norm()}
+        set_vectors(self._norm, {FINAL_NORM: model.read_float32(FINAL_NORM)})
+        per_token = 4 * (16 * engine.hidden_size + 4 * engine.intermediate_size) * len(self._blocks)
+        own_share = -(-options.batch // world.size)
+        self._recompute = per_token * self._length * own_share > _KEPT_BYTES
+
+    def tune(self, state: Path, save_seconds: float) -> tuple[Tuned, EndToEndOutcome]:
+        """Tune the model.
+
+        Args:
+            state: a file, of the first process, where the state is saved and from where work goes on.
+            save_seconds: how often.
+
+        Raises:
+            TensorValueError: it diverged.
+        """
+        parts = [module for block in self._blocks for module in block.modules.values()]
+        tuning = Tuning([*parts, *self._norm.values()], self._count, self._options, self._seed, self._world)
+        saved = self._world.from_main(lambda: torch.load(state) if state.exists() else None)
+        if saved is not None:
+            tuning.restore(saved)
+        last = time.monotonic()
+
+        def after_step() -> None:
+            nonlocal last
+            self._progress(tuning.step / tuning.steps)
+            if self._world.is_main and time.monotonic() - last >= save_seconds:
+                partial = state.with_suffix(".partial")
+                torch.save(tuning.state(), partial)
+                partial.replace(state)
+                last = time.monotonic()
+
+        tuning.run(self._loss, self._held_out_loss, after_step)
+        return self._result(), EndToEndOutcome(tuning.start or 0.0, tuning.best, tuning.step)
+
+    @torch.no_grad()
+    def evaluate(self) -> HeldOut | None:
+        """Both models on the windows of the report; None when there are none."""
+        sums = HeldOut(0.0, 0.0, 0.0, 0)
+        for window in self._report:
+            full, tuned = get(self._full, [window], self._device)[0], self._hidden([window])[0]
+            sums = add(sums, self._heads.compare(full, tuned, self._ids[window]))
+        return mean(sums, self._world)
+
+    def _run_full(self, reader: BlockReader, own: list[int]) -> None:
+        for window in own:
+            put(self._full, [window], reader.embed(self._ids[[window]]))
+        for index in range(reader.engine.num_hidden_layers):
+            block = reader.block(index)
+            for window in own:
+                hidden = get(self._full, [window], self._device)
+                put(self._full, [window], block(hidden, self._positions, self._masks[index]))
+        for window in own:
+            put(self._full, [window], reader.head_input(get(self._full, [window], self._device))[None])
+
+    def _hidden(self, windows: list[int]) -> Tensor:
+        """What the tuned model's head reads, [windows, length, hidden_size]."""
+        hidden = get(self._inputs, windows, self._device)
+        with autocast(self._device):
+            for block, mask in zip(self._blocks, self._masks, strict=True):
+                if self._recompute and torch.is_grad_enabled():
+                    hidden = checkpoint(block, hidden, self._positions, mask, use_reentrant=False)
+                else:
+                    hidden = block(hidden, self._positions, mask)
+            (norm,) = self._norm.values()
+            normalized: Tensor = norm(hidden)
+        return normalized
+
+    def _loss(self, batch: list[int]) -> Tensor:
+        """Mean loss per token of each window, summed over this process's windows."""
+        return self._loss_of([window for window in batch if window in self._training])
+
+    def _loss_of(self, windows: list[int]) -> Tensor:
+        hidden = self._hidden(windows)
+        if self._objective == "lm":
+            next_tokens = self._ids[windows, 1:].flatten().to(self._device)
+            nll = self._heads.nll(hidden[:, :-1].flatten(0, 1), next_tokens)
+            return nll.div(self._length - 1)
+        full = get(self._full, windows, self._device)
+        return self._heads.kl(full.flatten(0, 1), hidden.flatten(0, 1)).div(self._length)
+
+    def _held_out_loss(self) -> float:
+        own = sum(float(self._loss_of([window])) for window in self._held_out)
+        return self._world.totals(own)[0] / self._held_count
+
+    def _result(self) -> Tuned:
+        tuned = [result(block) for block in self._blocks]
+        return Tuned(
+            {name: matrix for block in tuned for name, matrix in block.matrices.items()},
+            {name: vector for block in tuned for name, vector in block.vectors.items()}
+            | {name: to_numpy(vector) for name, vector in vectors(self._norm).items()},
+        )

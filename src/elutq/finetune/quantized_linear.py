@@ -1,0 +1,158 @@
+"""A linear module whose weights are an HLQ matrix that can be trained."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from elutq import hlq
+from elutq.packing import HlqMatrix, pack_codes, unpack_codes
+from elutq.scheme import QuantScheme
+
+
+class QuantizedLinear(nn.Module):
+    """y = W~ x + bias with W~ = zero + sum_p scale_p bit_p, and gradients for what W~ is made of.
+
+    Scales and zeros count as they will be stored, and gradients pass the rounding straight through. With
+    latent weights, each code is that of the level nearest to its latent weight, whose gradient is that of the
+    weight itself (the straight-through estimator, arXiv 1308.3432). They begin in the middle of their cells,
+    at what the matrix is, so that a code changes only after gradients have pulled it one way for long.
+
+    Args:
+        matrix: where it begins.
+        bias: float32 [out_features], or None.
+        device: where to put it.
+        train_codes: have latent weights; otherwise codes stay as they are.
+
+    Attributes:
+        scales: float32 [out_features, groups, bits].
+        zeros: float32 [out_features, groups].
+        latent: float32 [out_features, groups, columns per group], or None.
+        codes: uint8, the same shape, as of the last `weight()`.
+    """
+
+    def __init__(
+        self, matrix: HlqMatrix, bias: Tensor | None, device: torch.device, *, train_codes: bool
+    ) -> None:
+        super().__init__()
+        self._group_size, self._row_scales = matrix.group_size, matrix.row_scales
+        self.in_features, self.out_features = matrix.in_features, matrix.out_features
+        columns = QuantScheme(matrix.bits, matrix.group_size).columns_per_group(matrix.in_features)
+        groups = matrix.zeros.shape[1]
+        unit = np.float32(1) if matrix.row_scales is None else matrix.row_scales.astype(np.float32)[:, None]
+        zeros = torch.from_numpy(matrix.zeros.astype(np.float32) * unit)
+        scales = torch.from_numpy(matrix.scales.astype(np.float32) * np.expand_dims(unit, -1))
+        codes = torch.from_numpy(unpack_codes(matrix.planes, matrix.in_features))
+        padding = groups * columns - matrix.in_features
+        codes = nn.functional.pad(codes, (0, padding)).view(matrix.out_features, groups, columns)
+
+        self.codes: Tensor
+        self.row_scales: Tensor | None
+        self.register_buffer("codes", codes.to(device))
+        row_scales = None if matrix.row_scales is None else torch.from_numpy(unit).to(device)
+        self.register_buffer("row_scales", row_scales)
+        self.bias = bias
+        self.scales, self.zeros = nn.Parameter(scales.to(device)), nn.Parameter(zeros.to(device))
+        self.latent: nn.Parameter | None = None
+        if train_codes:
+            with torch.no_grad():
+                values = _values(self.codes, *self._storable(), None)
+            self.latent = nn.Parameter(values)
+
+    @property
+    def unit(self) -> float:
+        """Mean scale: the size of a step between levels, which learning rates are relative to."""
+        return float(self.scales.detach().mean())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        weight = self.weight()
+        return nn.functional.linear(x, weight.to(x.dtype), self.bias)
+
+    def weight(self) -> Tensor:
+        """W~, float32 [out_features, in_features]."""
+        scales, zeros = self._storable()
+        if self.latent is not None:
+            with torch.no_grad():
+                self.codes = _nearest(self.latent, scales, zeros)
+        values = _values(self.codes, scales, zeros, self.latent)
+        return values.flatten(1)[:, : self.in_features]
+
+    @torch.no_grad()
+    def matrix(self) -> HlqMatrix:
+        """What it has become, scales ascending."""
+        self.weight()
+        scales, zeros = self._storable()
+        scales, order = scales.sort(-1)
+        codes = torch.zeros_like(self.codes)
+        for p in range(scales.shape[-1]):
+            codes |= (self.codes >> order[..., p, None].to(torch.uint8) & 1) << p
+        if self.row_scales is None:
+            scales, zeros = scales.half(), zeros.half()
+        else:
+            divisor = self.row_scales.where(self.row_scales > 0, 1)
+            scales = (scales / divisor[..., None]).round().to(torch.uint8)
+            zeros = (zeros / divisor).round().to(torch.int8)
+        flat = codes.flatten(1)[:, : self.in_features].cpu().numpy()
+        return HlqMatrix(
+            pack_codes(flat, scales.shape[-1]),
+            scales.cpu().numpy(),
+            zeros.cpu().numpy(),
+            self.in_features,
+            self._group_size,
+            self._row_scales,
+        )
+
+    def _storable(self) -> tuple[Tensor, Tensor]:
+        """Scales and zeros as they can be stored; their gradients are those of the parameters."""
+        with torch.no_grad():
+            if self.row_scales is None:
+                scales = self.scales.clamp(0, hlq.HALF_MAX).half().float()
+                zeros = self.zeros.clamp(-hlq.HALF_MAX, hlq.HALF_MAX).half().float()
+            else:
+                divisor = self.row_scales.where(self.row_scales > 0, 1)
+                unit = self.row_scales
+                scales = (self.scales / divisor[..., None]).round().clamp(0, 255) * unit[..., None]
+                zeros = (self.zeros / divisor).round().clamp(-128, 127) * unit
+            shift_scales, shift_zeros = scales - self.scales, zeros - self.zeros
+        return self.scales + shift_scales, self.zeros + shift_zeros
+
+
+def _values(codes: Tensor, scales: Tensor, zeros: Tensor, latent: Tensor | None) -> Tensor:
+    values: Tensor = _Values.apply(codes, scales, zeros, latent)  # type: ignore[no-untyped-call]
+    return values
+
+
+class _Values(torch.autograd.Function):
+    """zero + sum_p scale_p bit_p, [out_features, groups, columns]; keeps only codes for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, scales: Tensor, zeros: Tensor, latent: Tensor | None) -> Tensor:
+        ctx.save_for_backward(codes)
+        ctx.bits = scales.shape[-1]
+        values = zeros[..., None].expand(codes.shape).contiguous()
+        for p in range(ctx.bits):
+            values += (codes >> p & 1) * scales[..., p, None]
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (codes,) = gradients, ctx.saved_tensors
+        for_scales = [(gradient * (codes >> p & 1)).sum(-1) for p in range(ctx.bits)]
+        latent = gradient if ctx.needs_input_grad[3] else None
+        return None, torch.stack(for_scales, -1), gradient.sum(-1), latent
+
+
+def _nearest(latent: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """Code of the level nearest to each latent weight, uint8, the shape of `latent`."""
+    bits = scales.shape[-1]
+    patterns = (
+        torch.arange(2**bits, device=scales.device)[:, None] >> torch.arange(bits, device=scales.device)
+    ) & 1
+    levels, order = (scales @ patterns.T.to(scales) + zeros[..., None]).sort(-1)
+    borders = (levels[..., 1:] + levels[..., :-1]) / 2
+    rank = torch.zeros_like(latent, dtype=torch.uint8)
+    for i in range(2**bits - 1):
+        rank += latent > borders[..., i, None]
+    return order.to(torch.uint8).gather(-1, rank.long())
