@@ -207,6 +207,8 @@ def estimate(
         / world.size
     )
     columns = sum(linear.in_features * -(-linear.out_features // 4096) for linear in first) / world.size
+    # However few rows a process has, it passes every column of each input.
+    columns = max(columns, sum(inputs[:2] if engine.sparse_layers[0] else inputs))
     per_block = operations / speed(world.device) + columns * passes * _COLUMN_SECONDS
 
     widest = max(linear.in_features for linear in first)

@@ -1,0 +1,164 @@
+"""The block walk of calibrated quantization by one and by several gloo processes, each on a core of its own.
+
+    python benchmarks/scale_out.py [--shape tinyllama-1.1b] [--windows 32] [--length 512] [--runs 3]
+
+One decoder block with random weights, calibrated on random tokens: streams, moments, solves and what the
+processes tell each other, but not what the first does alone (reading, embedding, head, writing). Every
+process has one thread and is pinned to one core. Runs with 1 and with N processes alternate. Prints one JSON
+object.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from elutq.architectures import block_linears, engine_config
+from elutq.bench import source_commit
+from elutq.blocks import BlockReader
+from elutq.gptq import SolverOptions
+from elutq.layerwise import LayerwiseQuantizer, Outcome
+from elutq.packing import HlqMatrix
+from elutq.runtime import cpu_name
+from elutq.scheme import QuantScheme
+from elutq.shapes import SHAPES
+from elutq.world import World
+
+
+class RandomModel:
+    """One block of a shape, as a source of weights."""
+
+    def __init__(self, shape: str) -> None:
+        self.config = {**SHAPES[shape], "num_hidden_layers": 1}
+        self.engine = engine_config(self.config)
+        self._shapes = {
+            f"{name}.weight": (rows, columns) for name, rows, columns in block_linears(self.engine)
+        }
+        outer = (self.engine.vocab_size, self.engine.hidden_size)
+        self._shapes |= {"model.embed_tokens.weight": outer, "lm_head.weight": outer}
+
+    def read_float32(self, name: str, rows: slice = slice(None)) -> NDArray[np.float32]:
+        """Normal numbers that keep outputs as large as inputs; ones for a norm."""
+        if name not in self._shapes:
+            return np.ones(self.engine.hidden_size, np.float32)[rows]
+        shape = self._shapes[name]
+        random = np.random.default_rng(zlib.crc32(name.encode()))
+        return random.standard_normal(shape, np.float32)[rows] * np.float32(shape[1] ** -0.5)
+
+    def release(self, name: str) -> None:
+        """Nothing is kept."""
+
+
+class Memory:
+    """A store that keeps nothing but the names."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+
+    def __contains__(self, module: object) -> bool:
+        return module in self._names
+
+    def get(self, module: str) -> HlqMatrix | None:
+        """Nothing is read back."""
+
+    def put(self, module: str, matrix: HlqMatrix, outcome: Outcome, error: tuple[float, float]) -> None:
+        """Remember the name."""
+        self._names.add(module)
+
+    def outcome(self, module: str) -> Outcome:
+        """Not kept."""
+        raise KeyError(module)
+
+    def flush(self) -> None:
+        """Nothing to do."""
+
+
+def work(options: argparse.Namespace) -> None:
+    """Of one process: walk one block, and print the seconds, and those of CPU time of the busiest process."""
+    torch.set_num_threads(1)
+    with World.join("cpu") as world, torch.inference_mode():
+        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[world.rank]})
+        model = RandomModel(options.shape)
+        windows = np.random.default_rng(0).integers(
+            0, model.engine.vocab_size, (options.windows, options.length)
+        )
+        walk = LayerwiseQuantizer(
+            BlockReader(model, world.device),
+            windows,
+            windows[:0],
+            {name: QuantScheme(2, 128) for name, _, _ in block_linears(model.engine)},
+            Memory(),
+            SolverOptions(),
+            world=world,
+            threads=1,
+        )
+        world.totals(0)  # all are here
+        started, used = time.perf_counter(), time.process_time()
+        outcome = walk.block(0)
+        seconds, used = time.perf_counter() - started, time.process_time() - used
+        busiest = max(world.gather_objects(used))
+        if world.is_main:
+            error = outcome.output_error
+            print(json.dumps({"seconds": seconds, "cpu_seconds": busiest, "output_error": error}))
+
+
+def start(processes: int, arguments: list[str]) -> dict[str, float]:
+    """Run this program in some processes; what the first prints."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), __file__, "--work", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout))
+
+
+def main() -> None:
+    """Compare, or do the work of one process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="tinyllama-1.1b")
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options)
+        return
+    if len(os.sched_getaffinity(0)) < options.processes:
+        parser.error(f"{options.processes} processes need as many cores")
+    settings = {name: getattr(options, name) for name in ("shape", "windows", "length")}
+    arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    runs: dict[int, list[dict[str, float]]] = {1: [], options.processes: []}
+    for _ in range(options.runs):
+        for processes, found in runs.items():
+            found.append(start(processes, arguments))
+    one, several = (statistics.median(run["seconds"] for run in found) for found in runs.values())
+    result: dict[str, Any] = {
+        "benchmark": "scale_out",
+        "commit": source_commit(),
+        "cpu": cpu_name(),
+        "torch": torch.__version__,
+        **settings,
+        "processes": options.processes,
+        "runs": {str(processes): found for processes, found in runs.items()},
+        "seconds": {"1": one, str(options.processes): several},
+        "speedup": one / several,
+    }
+    print(json.dumps(result))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
