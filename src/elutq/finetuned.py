@@ -21,7 +21,7 @@ from elutq.calibrated import embedder
 from elutq.checkpoint import Checkpoint, CheckpointWriter, Part
 from elutq.finetune.block import BlockTuner, TunedOutcome
 from elutq.finetune.end_to_end import EndToEndOutcome, EndToEndTuner
-from elutq.finetune.options import TuneOptions, TuningText
+from elutq.finetune.options import FinetuneOptions, TuneOptions, TuningText
 from elutq.finetune.quantized_block import Tuned
 from elutq.layerwise import HeldOut
 from elutq.packing import HlqMatrix
@@ -96,15 +96,12 @@ class FinetuneJob:
             self._world.on_main(self._copy_rest)
         return outcomes, held_out
 
-    def end_to_end(
-        self, state: Path, save_seconds: float, objective: str
-    ) -> tuple[EndToEndOutcome, HeldOut | None]:
+    def end_to_end(self, state: Path, options: FinetuneOptions) -> tuple[EndToEndOutcome, HeldOut | None]:
         """End-to-end tuning: how it went, and how both models do in the end.
 
         Args:
-            state: file for what a killed run goes on from.
-            save_seconds: how often it is written.
-            objective: "kl" or "lm".
+            state: begins the name of the file that a killed run goes on from, one for each process.
+            options: of the objective, sharding and saving.
         """
         with self._working():
             tuner = EndToEndTuner(
@@ -115,7 +112,8 @@ class FinetuneJob:
                 self._text.held_out,
                 self._text.report,
                 self._options,
-                objective=objective,
+                objective=options.objective,
+                shard=options.shard and self._world.size > 1,
                 seed=self._seed,
                 world=self._world,
                 offload=self._offload,
@@ -123,7 +121,7 @@ class FinetuneJob:
                 head_tuned=self._head(),
                 progress=lambda share: self._progress(share, "end to end"),
             )
-            tuned, outcome = tuner.tune(state, save_seconds)
+            tuned, outcome = tuner.tune(state, options.save_seconds)
             held_out = tuner.evaluate()
             self._world.on_main(lambda: self._store("model", tuned, asdict(outcome)))
             self._world.on_main(self._copy_rest)

@@ -44,7 +44,6 @@ from elutq.world import World
 
 if TYPE_CHECKING:
     from elutq.calibrated import CalibratedJob
-    from elutq.finetuned import TuningText
     from elutq.gptq import SolverOptions
 
 REPORT_FILE = "quantization_report.json"
@@ -55,7 +54,7 @@ FIGURE_FILE = "quantization_report.png"
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 16, 96
 
 # In `OUT.stages`: names what they are stages of; what end-to-end tuning goes on from.
-_FINGERPRINT, _STATE = "fingerprint", "e2e.state"
+_FINGERPRINT, _STATE = "fingerprint", "e2e"
 
 
 @dataclass(frozen=True)
@@ -306,7 +305,7 @@ class Job:
                 blocks, nll = job.blocks()
                 record: dict[str, Any] = {"blocks": [asdict(block) for block in blocks]}
             else:
-                outcome, nll = job.end_to_end(state, options.save_seconds, options.objective)
+                outcome, nll = job.end_to_end(state, options)
                 record = asdict(outcome)
 
             def finish() -> QuantizationReport:

@@ -12,18 +12,20 @@ and gives them exactly.
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from elutq.architectures import FINAL_NORM
-from elutq.blocks import BlockReader
+from elutq.blocks import BlockReader, DecoderBlock
 from elutq.finetune.block import get, own_windows, put
 from elutq.finetune.objective import Heads, add, mean
 from elutq.finetune.options import TuneOptions
@@ -72,6 +74,7 @@ class EndToEndTuner:
         report: int64 [windows, length], token ids that `evaluate` judges by.
         options: what to do.
         objective: "kl" or "lm", the likelihood of the text.
+        shard: each process holds a share of the model's parameters, and all of a block's while it runs.
         seed: of the order of the windows.
         world: the processes that share the windows.
         offload: folder for activations; None keeps them in memory.
@@ -91,6 +94,7 @@ class EndToEndTuner:
         options: TuneOptions,
         *,
         objective: str = "kl",
+        shard: bool = False,
         seed: int,
         world: World,
         offload: Path | None = None,
@@ -123,6 +127,10 @@ class EndToEndTuner:
         self._blocks = [reader.block(index) for index in range(engine.num_hidden_layers)]
         for block in self._blocks:
             make_trainable(block, model, quantized, self._device, train_codes=options.latent_rate > 0)
+        self._modules = [_BlockModule(block) for block in self._blocks]
+        if shard:
+            for module in self._modules:
+                fully_shard(module)
         self._norm = {FINAL_NORM.removesuffix(".weight"): reader.final_norm()}
         set_vectors(self._norm, {FINAL_NORM: model.read_float32(FINAL_NORM)})
         per_token = 4 * (16 * engine.hidden_size + 4 * engine.intermediate_size) * len(self._blocks)
@@ -133,29 +141,35 @@ class EndToEndTuner:
         """Tune the model.
 
         Args:
-            state: a file, of the first process, where the state is saved and from where work goes on.
+            state: begins the name of the file, one for each process, in which the state is saved and from
+                which work goes on.
             save_seconds: how often.
 
         Raises:
             TensorValueError: it diverged.
         """
-        parts = [module for block in self._blocks for module in block.modules.values()]
-        tuning = Tuning([*parts, *self._norm.values()], self._count, self._options, self._seed, self._world)
-        saved = self._world.from_main(lambda: torch.load(state) if state.exists() else None)
-        if saved is not None:
+        world = self._world
+        parts = [*self._modules, *self._norm.values()]
+        tuning = Tuning(parts, self._count, self._options, self._seed, world)
+        state = state.with_name(f"{state.name}.{world.rank}-of-{world.size}.state")
+        saved = torch.load(state) if state.exists() else None
+        steps = set(world.gather_objects(saved and saved["step"]))
+        if len(steps) == 1 and saved is not None:  # a kill may have come while some had saved
             tuning.restore(saved)
         last = time.monotonic()
 
         def after_step() -> None:
             nonlocal last
             self._progress(tuning.step / tuning.steps)
-            if self._world.is_main and time.monotonic() - last >= save_seconds:
+            if world.from_main(lambda: time.monotonic() - last >= save_seconds):
+                state.parent.mkdir(parents=True, exist_ok=True)
                 partial = state.with_suffix(".partial")
                 torch.save(tuning.state(), partial)
                 partial.replace(state)
                 last = time.monotonic()
 
         tuning.run(self._loss, self._held_out_loss, after_step)
+        state.unlink(missing_ok=True)
         return self._result(), EndToEndOutcome(tuning.start or 0.0, tuning.best, tuning.step)
 
     @torch.no_grad()
@@ -182,7 +196,7 @@ class EndToEndTuner:
         """What the tuned model's head reads, [windows, length, hidden_size]."""
         hidden = get(self._inputs, windows, self._device)
         with autocast(self._device):
-            for block, mask in zip(self._blocks, self._masks, strict=True):
+            for block, mask in zip(self._modules, self._masks, strict=True):
                 if self._recompute and torch.is_grad_enabled():
                     hidden = checkpoint(block, hidden, self._positions, mask, use_reentrant=False)
                 else:
@@ -209,9 +223,35 @@ class EndToEndTuner:
         return self._world.totals(own)[0] / self._held_count
 
     def _result(self) -> Tuned:
-        tuned = [result(block) for block in self._blocks]
+        tuned = []
+        for block, module in zip(self._blocks, self._modules, strict=True):
+            with _whole(module):
+                tuned.append(result(block))
         return Tuned(
             {name: matrix for block in tuned for name, matrix in block.matrices.items()},
             {name: vector for block in tuned for name, vector in block.vectors.items()}
             | {name: to_numpy(vector) for name, vector in vectors(self._norm).items()},
         )
+
+
+class _BlockModule(nn.Module):
+    """A block as one module."""
+
+    def __init__(self, block: DecoderBlock) -> None:
+        super().__init__()
+        self._run = block
+        self._parts = nn.ModuleList(block.modules.values())
+
+    def forward(self, hidden: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """The block itself, once its parameters are in place."""
+        return self._run(hidden, positions, mask)
+
+
+@contextmanager
+def _whole(module: nn.Module) -> Iterator[None]:
+    """All parameters of a module, if it is sharded, in every process."""
+    if isinstance(module, FSDPModule):
+        module.unshard()
+    yield
+    if isinstance(module, FSDPModule):
+        module.reshard()

@@ -13,6 +13,8 @@ from elutq.errors import InvalidArgumentError
 STAGES = ("block", "e2e")
 OBJECTIVES = ("kl", "lm")
 EFFORTS = ("fast", "balanced", "best")
+#: What the result does not depend on.
+_NO_MATTER = ("save_seconds", "shard")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class FinetuneOptions:
         block: of block reconstruction.
         e2e: of end-to-end tuning.
         objective: of end-to-end tuning: "kl", from the full model, or "lm", the text's likelihood.
+        shard: whether end-to-end tuning spreads the model over the processes (FSDP2, arXiv 2304.11277), where
+            one device cannot hold it; with one process, nothing.
         save_seconds: how often a long stage saves what a killed run goes on from.
     """
 
@@ -67,6 +71,7 @@ class FinetuneOptions:
     block: TuneOptions = TuneOptions(epochs=2, latent_rate=0.015)
     e2e: TuneOptions = TuneOptions(epochs=1)
     objective: str = "kl"
+    shard: bool = False
     save_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -89,7 +94,7 @@ class FinetuneOptions:
     @property
     def record(self) -> dict[str, Any]:
         """What the result depends on, ready for JSON."""
-        known = {name: value for name, value in asdict(self).items() if name != "save_seconds"}
+        known = {name: value for name, value in asdict(self).items() if name not in _NO_MATTER}
         return {name: value for name, value in known.items() if name not in STAGES or name in self.stages}
 
     def tuning(self, stage: str) -> TuneOptions:

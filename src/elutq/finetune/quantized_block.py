@@ -93,7 +93,8 @@ def set_vectors(modules: Mapping[str, nn.Module], values: Mapping[str, NDArray[n
 
 def to_numpy(parameter: torch.Tensor) -> NDArray[np.float32]:
     """A copy in float32."""
-    return parameter.detach().float().cpu().numpy().copy()
+    # Cloned first: FSDP cannot free storage that NumPy has seen.
+    return parameter.detach().clone().float().cpu().numpy()
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -28,8 +28,10 @@ class QuantizedLinear(nn.Module):
     Attributes:
         scales: float32 [out_features, groups, bits].
         zeros: float32 [out_features, groups].
-        latent: float32 [out_features, groups, columns per group], or None.
-        codes: uint8, the same shape, as of the last `weight()`.
+        latent: float32 [out_features, groups, columns per group], or None when codes are not trained.
+        fixed_codes: uint8, the same shape, or None when they are. A parameter without gradient, not a buffer,
+            so that FSDP shards it.
+        unit: mean scale at the beginning: the size of a step between levels, which rates are relative to.
     """
 
     def __init__(
@@ -47,23 +49,20 @@ class QuantizedLinear(nn.Module):
         padding = groups * columns - matrix.in_features
         codes = nn.functional.pad(codes, (0, padding)).view(matrix.out_features, groups, columns)
 
-        self.codes: Tensor
         self.row_scales: Tensor | None
-        self.register_buffer("codes", codes.to(device))
         row_scales = None if matrix.row_scales is None else torch.from_numpy(unit).to(device)
         self.register_buffer("row_scales", row_scales)
         self.bias = bias
         self.scales, self.zeros = nn.Parameter(scales.to(device)), nn.Parameter(zeros.to(device))
+        self.unit = float(scales.mean())
         self.latent: nn.Parameter | None = None
+        self.fixed_codes: nn.Parameter | None = None
+        codes = codes.to(device)
         if train_codes:
             with torch.no_grad():
-                values = _values(self.codes, *self._storable(), None)
-            self.latent = nn.Parameter(values)
-
-    @property
-    def unit(self) -> float:
-        """Mean scale: the size of a step between levels, which learning rates are relative to."""
-        return float(self.scales.detach().mean())
+                self.latent = nn.Parameter(_values(codes, *self._storable(), None))
+        else:
+            self.fixed_codes = nn.Parameter(codes, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -73,21 +72,18 @@ class QuantizedLinear(nn.Module):
     def weight(self) -> Tensor:
         """W~, float32 [out_features, in_features]."""
         scales, zeros = self._storable()
-        if self.latent is not None:
-            with torch.no_grad():
-                self.codes = _nearest(self.latent, scales, zeros)
-        values = _values(self.codes, scales, zeros, self.latent)
+        values = _values(self._codes(scales, zeros), scales, zeros, self.latent)
         return values.flatten(1)[:, : self.in_features]
 
     @torch.no_grad()
     def matrix(self) -> HlqMatrix:
         """What it has become, scales ascending."""
-        self.weight()
         scales, zeros = self._storable()
+        found = self._codes(scales, zeros)
         scales, order = scales.sort(-1)
-        codes = torch.zeros_like(self.codes)
+        codes = torch.zeros_like(found)
         for p in range(scales.shape[-1]):
-            codes |= (self.codes >> order[..., p, None].to(torch.uint8) & 1) << p
+            codes |= (found >> order[..., p, None].to(torch.uint8) & 1) << p
         if self.row_scales is None:
             scales, zeros = scales.half(), zeros.half()
         else:
@@ -103,6 +99,13 @@ class QuantizedLinear(nn.Module):
             self._group_size,
             self._row_scales,
         )
+
+    @torch.no_grad()
+    def _codes(self, scales: Tensor, zeros: Tensor) -> Tensor:
+        if self.latent is not None:
+            return _nearest(self.latent, scales, zeros)
+        assert self.fixed_codes is not None
+        return self.fixed_codes
 
     def _storable(self) -> tuple[Tensor, Tensor]:
         """Scales and zeros as they can be stored; their gradients are those of the parameters."""

@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from elutq.errors import TensorValueError
 from elutq.finetune.options import TuneOptions
 from elutq.finetune.quantized_linear import QuantizedLinear
 from elutq.world import World
+
+#: What Adam keeps of each parameter.
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Tuning:
@@ -84,9 +88,16 @@ class Tuning:
             group["lr"] = group["rate"] * fraction
         self._optimizer.zero_grad()
         torch.autograd.backward(loss(self._batch()) / options.batch)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        self._world.sum_(*gradients)
-        norm = float(torch.stack([gradient.double().norm() for gradient in gradients]).norm())
+        # An expert that no token is routed to has no gradient, perhaps in this process alone.
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        complete = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+        self._world.sum_(*complete)
+        sharded = [local(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
+        for shard in sharded:
+            shard.mul_(self._world.size)  # FSDP gives means
+        norm = math.sqrt(_squares(complete) + self._world.totals(_squares(sharded))[0])
         if not math.isfinite(norm):
             raise TensorValueError("finetuning diverged: gradients are not finite; use smaller rates")
         self._norm = 0.9 * self._norm + 0.1 * norm if self._norm else norm
@@ -117,22 +128,50 @@ class Tuning:
             self._kept = [parameter.detach().clone() for parameter in self.parameters]
 
     def state(self) -> dict[str, Any]:
-        """Everything that the rest of the work depends on, for torch.save."""
+        """Everything that the rest of the work depends on, for torch.save; of sharded tensors, this shard."""
         return {
-            "parameters": [parameter.detach() for parameter in self.parameters],
-            "kept": self._kept,
-            "optimizer": self._optimizer.state_dict(),
-            "numbers": (self.step, self._norm, self.start, self.best, self._misses),
+            "step": self.step,
+            "parameters": [local(parameter.detach()) for parameter in self.parameters],
+            "kept": [local(kept) for kept in self._kept],
+            "moments": [
+                [local(moments[name]) for name in _MOMENTS] for moments in self._optimizer.state.values()
+            ],
+            "numbers": (self._norm, self.start, self.best, self._misses),
         }
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
-        for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
-            parameter.copy_(saved)
-        self._kept = state["kept"]
-        self._optimizer.load_state_dict(state["optimizer"])
-        self.step, self._norm, self.start, self.best, self._misses = state["numbers"]
+        self._kept = [parameter.detach().clone() for parameter in self.parameters]
+        for kept, saved in zip(self._kept, state["kept"], strict=True):
+            local(kept).copy_(saved)
+        for parameter, saved, moments in zip(
+            self.parameters, state["parameters"], state["moments"], strict=True
+        ):
+            local(parameter).copy_(saved)
+            own = {"step": torch.tensor(float(state["step"]))}
+            for name, values in zip(_MOMENTS, moments, strict=True):
+                own[name] = torch.zeros_like(parameter)
+                local(own[name]).copy_(values)
+            self._optimizer.state[parameter] = own
+        self.step = state["step"]
+        self._norm, self.start, self.best, self._misses = state["numbers"]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor; all of it where it is not sharded."""
+    shard: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return shard
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, in every process."""
+    full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full
+
+
+def _squares(tensors: list[Tensor]) -> float:
+    return sum(float(tensor.square().sum(dtype=torch.float64)) for tensor in tensors)
 
 
 def _groups(parts: Iterable[nn.Module], options: TuneOptions) -> Iterator[dict[str, Any]]:
@@ -147,5 +186,5 @@ def _groups(parts: Iterable[nn.Module], options: TuneOptions) -> Iterator[dict[s
             if options.vector_rate:
                 vectors = [p for p in module.parameters(recurse=False) if p.ndim == 1]
                 for vector in vectors:
-                    size = float(vector.detach().abs().mean())
+                    size = float(whole(vector.detach()).abs().mean())
                     yield {"params": [vector], "rate": options.vector_rate * size}
