@@ -44,7 +44,6 @@ from elutq.world import World
 
 if TYPE_CHECKING:
     from elutq.calibrated import CalibratedJob
-    from elutq.finetuned import TuningText
     from elutq.gptq import SolverOptions
 
 REPORT_FILE = "quantization_report.json"
