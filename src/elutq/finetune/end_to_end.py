@@ -141,7 +141,7 @@ class EndToEndTuner:
         """
         parts = [module for block in self._blocks for module in block.modules.values()]
         tuning = Tuning([*parts, *self._norm.values()], self._count, self._options, self._seed, self._world)
-        saved = self._world.from_main(lambda: torch.load(state) if state.exists() else None)
+        saved = self._world.from_main(lambda: torch.load(state, "cpu") if state.exists() else None)
         if saved is not None:
             tuning.restore(saved)
         last = time.monotonic()

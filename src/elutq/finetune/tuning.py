@@ -84,7 +84,10 @@ class Tuning:
             group["lr"] = group["rate"] * fraction
         self._optimizer.zero_grad()
         torch.autograd.backward(loss(self._batch()) / options.batch)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        # An expert that no token of this process reached has none, but the other processes wait for it.
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
         self._world.sum_(*gradients)
         norm = float(torch.stack([gradient.double().norm() for gradient in gradients]).norm())
         if not math.isfinite(norm):
@@ -110,6 +113,8 @@ class Tuning:
     def _check(self, held_out: Callable[[], float]) -> None:
         loss = held_out()
         if self.start is None:
+            if not math.isfinite(loss):
+                raise TensorValueError("finetuning cannot begin: the loss on what is held out is not finite")
             self.start = loss
         self._misses += 1
         if loss < self.best:
