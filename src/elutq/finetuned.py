@@ -103,6 +103,18 @@ class FinetuneJob:
             state: begins the name of the file that a killed run goes on from, one for each process.
             options: of the objective, sharding and saving.
         """
+        stored: dict[str, Any] | None = self._world.from_main(lambda: self._own.done.get("model"))
+        if stored is None:
+            outcome, held_out = self._tune_model(state, save_seconds, objective)
+        else:
+            outcome = EndToEndOutcome(**stored["outcome"])
+            held_out = stored["held_out"] and HeldOut(**stored["held_out"])
+        self._world.on_main(self._copy_rest)
+        return outcome, held_out
+
+    def _tune_model(
+        self, state: Path, save_seconds: float, objective: str
+    ) -> tuple[EndToEndOutcome, HeldOut | None]:
         with self._working():
             tuner = EndToEndTuner(
                 BlockReader(self._source, self._world.device),
@@ -123,8 +135,8 @@ class FinetuneJob:
             )
             tuned, outcome = tuner.tune(state, options.save_seconds)
             held_out = tuner.evaluate()
-            self._world.on_main(lambda: self._store("model", tuned, asdict(outcome)))
-            self._world.on_main(self._copy_rest)
+            record = {"outcome": asdict(outcome), "held_out": held_out and asdict(held_out)}
+            self._world.on_main(lambda: self._store("model", tuned, record))
         return outcome, held_out
 
     def _block(self, tuner: BlockTuner, index: int) -> TunedOutcome:
@@ -132,7 +144,7 @@ class FinetuneJob:
         stored: dict[str, Any] | None = self._world.from_main(lambda: self._own.done.get(key))
         if stored is None:
             tuned, outcome = tuner.tune(index)
-            self._world.on_main(lambda: self._store(key, tuned, asdict(outcome)))
+            self._world.on_main(lambda: self._store(key, tuned, {"outcome": asdict(outcome)}))
         else:
             tuned, outcome = (
                 self._world.from_main(lambda: self._stored(index)),
@@ -150,7 +162,7 @@ class FinetuneJob:
         name = EMBEDDING if self._engine.tie_word_embeddings else HEAD
         return hlq.dequantize(self._model.read_hlq(name)) if name in self._outer else None
 
-    def _store(self, key: str, tuned: Tuned, outcome: dict[str, Any]) -> None:
+    def _store(self, key: str, tuned: Tuned, record: dict[str, Any]) -> None:
         errors, names = {}, list(tuned.vectors)
         for name, vector in tuned.vectors.items():
             self._own.write(name, vector)
@@ -159,7 +171,7 @@ class FinetuneJob:
                 self._own.write(f"{module}.{name}", array)
                 names.append(f"{module}.{name}")
             errors[module] = hlq.squared_error(self._source.read_float32(f"{module}.weight"), matrix)
-        self._own.commit(key, names, {"outcome": outcome, "errors": errors})
+        self._own.commit(key, names, {**record, "errors": errors})
         self._own.sync()
 
     def _stored(self, index: int) -> Tuned:

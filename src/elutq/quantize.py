@@ -276,7 +276,7 @@ class _Asked:
             raise InvalidArgumentError(f"threads must be at least 1, not {threads}")
         if type(shard_bytes) is not int or shard_bytes < 1:
             raise InvalidArgumentError(f"shard_bytes must be a positive integer, not {shard_bytes!r}")
-        tuned = finetune if isinstance(finetune, FinetuneOptions) else choose(effort, finetune, samples)
+        tuned = choose(effort, finetune, samples)
         method = method or ("hlq-gptq" if tuned or effort else "hlq")
         if method not in METHODS:
             raise InvalidArgumentError(f"method must be one of {', '.join(METHODS)}, not {method!r}")

@@ -33,6 +33,8 @@ from elutq.world import World
 
 #: Tokens that go through a block together where nothing is trained.
 _FORWARD_TOKENS = 4096
+#: Of a block's outputs, relative to their squares: errors are relative to no less.
+_LEAST_VARIANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,8 @@ class BlockTuner:
         all_squares, all_tokens = self._world.totals(squares, tokens)
         self._targets_of = index
         variance = all_squares - float(total.square().sum()) / all_tokens
-        return float(variance / all_tokens * self._length)
+        # Tokens that are all the same have none, but for what float32 loses.
+        return float(max(variance, _LEAST_VARIANCE * all_squares, 1e-30) / all_tokens * self._length)
 
     def _position(self, index: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
         return self._reader.positions(self._length), self._reader.mask(index, self._length)

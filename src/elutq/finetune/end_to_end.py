@@ -152,7 +152,7 @@ class EndToEndTuner:
         parts = [*self._modules, *self._norm.values()]
         tuning = Tuning(parts, self._count, self._options, self._seed, world)
         state = state.with_name(f"{state.name}.{world.rank}-of-{world.size}.state")
-        saved = torch.load(state) if state.exists() else None
+        saved = torch.load(state, "cpu") if state.exists() else None
         steps = set(world.gather_objects(saved and saved["step"]))
         if len(steps) == 1 and saved is not None:  # a kill may have come while some had saved
             tuning.restore(saved)

@@ -50,6 +50,13 @@ class TuneOptions:
     patience: int = 8
     full_share: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or self.batch < 1 or self.checks < 1:
+            raise InvalidArgumentError(
+                f"finetuning needs epochs of at least 0, and batches and checks of at least 1, not "
+                f"{self.epochs}, {self.batch} and {self.checks}"
+            )
+
 
 @dataclass(frozen=True)
 class FinetuneOptions:
@@ -118,13 +125,15 @@ class TuningText:
     report: NDArray[np.int64]
 
 
-def choose(effort: str | None, stages: Sequence[str] | None, samples: int | None) -> FinetuneOptions | None:
+def choose(
+    effort: str | None, stages: Sequence[str] | FinetuneOptions | None, samples: int | None
+) -> FinetuneOptions | None:
     """What is finetuned, and how; None: nothing.
 
     Args:
         effort: one of `EFFORTS`: nothing; both stages; both on four times as much text, with codes trained
             end to end.
-        stages: some of `STAGES`, in place of what the effort says.
+        stages: some of `STAGES`, or all options, in place of what the effort says.
         samples: windows, likewise.
 
     Raises:
@@ -136,8 +145,12 @@ def choose(effort: str | None, stages: Sequence[str] | None, samples: int | None
         if samples is not None:
             raise InvalidArgumentError("finetune_samples has no effect without finetuning")
         return None
-    options = FinetuneOptions()
-    if effort == "best":
-        options = replace(options, samples=2048, e2e=replace(options.e2e, latent_rate=0.015))
-    changes: dict[str, Any] = {"stages": None if stages is None else tuple(stages), "samples": samples}
-    return replace(options, **{name: value for name, value in changes.items() if value is not None})
+    if isinstance(stages, FinetuneOptions):
+        options = stages
+    else:
+        options = FinetuneOptions()
+        if effort == "best":
+            options = replace(options, samples=2048, e2e=replace(options.e2e, latent_rate=0.015))
+        if stages is not None:
+            options = replace(options, stages=tuple(stages))
+    return options if samples is None else replace(options, samples=samples)

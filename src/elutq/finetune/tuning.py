@@ -121,6 +121,8 @@ class Tuning:
     def _check(self, held_out: Callable[[], float]) -> None:
         loss = held_out()
         if self.start is None:
+            if not math.isfinite(loss):
+                raise TensorValueError("finetuning cannot begin: the loss on what is held out is not finite")
             self.start = loss
         self._misses += 1
         if loss < self.best:
