@@ -19,6 +19,7 @@ from elutq.architectures import EMBEDDING, HEAD, EngineConfig, block_linears
 from elutq.blocks import BlockReader, WeightSource
 from elutq.calibrated import embedder
 from elutq.checkpoint import Checkpoint, CheckpointWriter, Part
+from elutq.errors import InvalidArgumentError
 from elutq.finetune.block import BlockTuner, TunedOutcome
 from elutq.finetune.end_to_end import EndToEndOutcome, EndToEndTuner
 from elutq.finetune.options import FinetuneOptions, TuneOptions, TuningText
@@ -102,19 +103,25 @@ class FinetuneJob:
         Args:
             state: begins the name of the file that a killed run goes on from, one for each process.
             options: of the objective, sharding and saving.
+
+        Raises:
+            InvalidArgumentError: a mixture of experts is to be sharded.
+            TensorValueError: it diverged.
         """
+        if options.shard and any(self._engine.sparse_layers):
+            raise InvalidArgumentError(
+                "mixtures of experts cannot be sharded: not every process uses each expert"
+            )
         stored: dict[str, Any] | None = self._world.from_main(lambda: self._own.done.get("model"))
         if stored is None:
-            outcome, held_out = self._tune_model(state, save_seconds, objective)
+            outcome, held_out = self._tune_model(state, options)
         else:
             outcome = EndToEndOutcome(**stored["outcome"])
             held_out = stored["held_out"] and HeldOut(**stored["held_out"])
         self._world.on_main(self._copy_rest)
         return outcome, held_out
 
-    def _tune_model(
-        self, state: Path, save_seconds: float, objective: str
-    ) -> tuple[EndToEndOutcome, HeldOut | None]:
+    def _tune_model(self, state: Path, options: FinetuneOptions) -> tuple[EndToEndOutcome, HeldOut | None]:
         with self._working():
             tuner = EndToEndTuner(
                 BlockReader(self._source, self._world.device),

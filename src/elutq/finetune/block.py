@@ -151,8 +151,14 @@ class BlockTuner:
         position = self._position(index)
         norm = self._find_targets(index)
         block = self._reader.block(index)
-        train_codes = self._options.latent_rate > 0
-        make_trainable(block, self._model, self._quantized, device, train_codes=train_codes)
+        make_trainable(
+            block,
+            self._model,
+            self._quantized,
+            device,
+            train_codes=self._options.latent_rate > 0,
+            uniform=self._options.uniform,
+        )
         tuning = Tuning(block.modules.values(), self._count, self._options, self._seed + index, self._world)
 
         def error(windows: list[int], inputs: Tensor) -> Tensor:

@@ -126,7 +126,14 @@ class EndToEndTuner:
         self._heads = Heads(head, head if head_tuned is None else torch.from_numpy(head_tuned).to(head))
         self._blocks = [reader.block(index) for index in range(engine.num_hidden_layers)]
         for block in self._blocks:
-            make_trainable(block, model, quantized, self._device, train_codes=options.latent_rate > 0)
+            make_trainable(
+                block,
+                model,
+                quantized,
+                self._device,
+                train_codes=options.latent_rate > 0,
+                uniform=options.uniform,
+            )
         self._modules = [_BlockModule(block) for block in self._blocks]
         if shard:
             for module in self._modules:

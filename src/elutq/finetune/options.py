@@ -37,6 +37,7 @@ class TuneOptions:
         patience: checks in a row without a new best that end the work early.
         full_share: share of windows whose inputs are the full model's instead of the quantized one's; of
             block reconstruction alone.
+        uniform: keep uniform grids uniform, to compare with.
     """
 
     epochs: int
@@ -49,6 +50,7 @@ class TuneOptions:
     checks: int = 8
     patience: int = 8
     full_share: float = 0.0
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.batch < 1 or self.checks < 1:

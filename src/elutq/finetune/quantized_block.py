@@ -41,6 +41,7 @@ def make_trainable(
     device: torch.device,
     *,
     train_codes: bool,
+    uniform: bool = False,
 ) -> None:
     """Give a block the weights of the quantized model, in a form that can be trained.
 
@@ -50,11 +51,13 @@ def make_trainable(
         quantized: names of its quantized modules.
         device: where the block is.
         train_codes: see `QuantizedLinear`.
+        uniform: likewise.
     """
     for name, linear in list(block.linears.items()):
         if name in quantized:
             matrix = model.read_hlq(name)
-            block.replace(name, QuantizedLinear(matrix, linear.bias, device, train_codes=train_codes))
+            trainable = QuantizedLinear(matrix, linear.bias, device, train_codes=train_codes, uniform=uniform)
+            block.replace(name, trainable)
     set_vectors(block.modules, {name: model.read_float32(name) for name in vectors(block.modules)})
 
 

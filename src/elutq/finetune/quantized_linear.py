@@ -24,9 +24,10 @@ class QuantizedLinear(nn.Module):
         bias: float32 [out_features], or None.
         device: where to put it.
         train_codes: have latent weights; otherwise codes stay as they are.
+        uniform: the matrix is a uniform grid, scales[p] = 2^p scales[0], and stays one.
 
     Attributes:
-        scales: float32 [out_features, groups, bits].
+        scales: float32 [out_features, groups, bits]; of a uniform grid, the first alone.
         zeros: float32 [out_features, groups].
         latent: float32 [out_features, groups, columns per group], or None when codes are not trained.
         fixed_codes: uint8, the same shape, or None when they are. A parameter without gradient, not a buffer,
@@ -35,7 +36,13 @@ class QuantizedLinear(nn.Module):
     """
 
     def __init__(
-        self, matrix: HlqMatrix, bias: Tensor | None, device: torch.device, *, train_codes: bool
+        self,
+        matrix: HlqMatrix,
+        bias: Tensor | None,
+        device: torch.device,
+        *,
+        train_codes: bool,
+        uniform: bool = False,
     ) -> None:
         super().__init__()
         self._group_size, self._row_scales = matrix.group_size, matrix.row_scales
@@ -53,8 +60,11 @@ class QuantizedLinear(nn.Module):
         row_scales = None if matrix.row_scales is None else torch.from_numpy(unit).to(device)
         self.register_buffer("row_scales", row_scales)
         self.bias = bias
-        self.scales, self.zeros = nn.Parameter(scales.to(device)), nn.Parameter(zeros.to(device))
         self.unit = float(scales.mean())
+        self._powers = 2.0 ** torch.arange(matrix.bits, device=device) if uniform else None
+        if uniform:
+            scales = scales[..., :1]
+        self.scales, self.zeros = nn.Parameter(scales.to(device)), nn.Parameter(zeros.to(device))
         self.latent: nn.Parameter | None = None
         self.fixed_codes: nn.Parameter | None = None
         codes = codes.to(device)
@@ -100,6 +110,12 @@ class QuantizedLinear(nn.Module):
             self._row_scales,
         )
 
+    @property
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """Its codes at present, uint8 [out_features, groups, columns per group]."""
+        return self._codes(*self._storable())
+
     @torch.no_grad()
     def _codes(self, scales: Tensor, zeros: Tensor) -> Tensor:
         if self.latent is not None:
@@ -119,7 +135,10 @@ class QuantizedLinear(nn.Module):
                 scales = (self.scales / divisor[..., None]).round().clamp(0, 255) * unit[..., None]
                 zeros = (self.zeros / divisor).round().clamp(-128, 127) * unit
             shift_scales, shift_zeros = scales - self.scales, zeros - self.zeros
-        return self.scales + shift_scales, self.zeros + shift_zeros
+        stored = self.scales + shift_scales
+        if self._powers is not None:
+            stored = stored * self._powers
+        return stored, self.zeros + shift_zeros
 
 
 def _values(codes: Tensor, scales: Tensor, zeros: Tensor, latent: Tensor | None) -> Tensor:
