@@ -167,7 +167,7 @@ class TestQuantizedLinear:
         expected = x @ torch.from_numpy(hlq.dequantize(matrix)).T + bias
         torch.testing.assert_close(module(x), expected)
         assert module(x.bfloat16().float()).shape == (2, 5, 6)
-        assert set(dict(module.named_parameters())) == {"bias", "scales", "zeros"}
+        assert set(dict(module.named_parameters())) == {"bias", "fixed_codes", "scales", "zeros"}
 
     def test_levels_that_coincide_are_no_trouble(self) -> None:
         module = linear(random_matrix(3, 32))

@@ -97,7 +97,8 @@ class Tuning:
         sharded = [local(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
         for shard in sharded:
             shard.mul_(self._world.size)  # FSDP gives means
-        norm = math.sqrt(_squares(complete) + self._world.totals(_squares(sharded))[0])
+        of_shards = self._world.totals(_squares(sharded))[0] if sharded else 0.0
+        norm = math.sqrt(_squares(complete) + of_shards)
         if not math.isfinite(norm):
             raise TensorValueError("finetuning diverged: gradients are not finite; use smaller rates")
         self._norm = 0.9 * self._norm + 0.1 * norm if self._norm else norm
