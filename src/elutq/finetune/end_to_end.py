@@ -120,9 +120,11 @@ class EndToEndTuner:
                 put(self._inputs, [window], (embed_tuned or reader.embed)(self._ids[[window]]))
         head = reader.head()
         self._heads = Heads(head, head if head_tuned is None else torch.from_numpy(head_tuned).to(head))
-        self._blocks = [reader.block(index) for index in range(engine.num_hidden_layers)]
-        for block in self._blocks:
+        self._blocks = []
+        for index in range(engine.num_hidden_layers):  # one at a time in float32
+            block = reader.block(index)
             make_trainable(block, model, quantized, self._device, train_codes=options.latent_rate > 0)
+            self._blocks.append(block)
         self._norm = {FINAL_NORM.removesuffix(".weight"): reader.final_norm()}
         set_vectors(self._norm, {FINAL_NORM: model.read_float32(FINAL_NORM)})
         per_token = 4 * (16 * engine.hidden_size + 4 * engine.intermediate_size) * len(self._blocks)
