@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from elutq.architectures import FINAL_NORM
+from elutq.architectures import FINAL_NORM, EngineConfig
 from elutq.blocks import BlockReader
 from elutq.finetune.block import get, own_windows, put
 from elutq.finetune.objective import Heads, add, mean
@@ -58,6 +58,17 @@ class EndToEndOutcome:
     before: float
     after: float
     steps: int
+
+
+def activation_bytes(engine: EngineConfig, tokens: int) -> int:
+    """What one block keeps of so many tokens for the way back, roughly."""
+    return 4 * (16 * engine.hidden_size + 4 * engine.intermediate_size) * tokens
+
+
+def recomputes(engine: EngineConfig, length: int, options: TuneOptions, world: World) -> bool:
+    """Whether a step with windows of `length` tokens runs blocks again on the way back."""
+    tokens = -(-options.batch // world.size) * length
+    return activation_bytes(engine, tokens) * engine.num_hidden_layers > _KEPT_BYTES
 
 
 class EndToEndTuner:
@@ -127,9 +138,7 @@ class EndToEndTuner:
             self._blocks.append(block)
         self._norm = {FINAL_NORM.removesuffix(".weight"): reader.final_norm()}
         set_vectors(self._norm, {FINAL_NORM: model.read_float32(FINAL_NORM)})
-        per_token = 4 * (16 * engine.hidden_size + 4 * engine.intermediate_size) * len(self._blocks)
-        own_share = -(-options.batch // world.size)
-        self._recompute = per_token * self._length * own_share > _KEPT_BYTES
+        self._recompute = recomputes(engine, self._length, options, world)
 
     def tune(self, state: Path, save_seconds: float) -> tuple[Tuned, EndToEndOutcome]:
         """Tune the model.
