@@ -87,20 +87,27 @@ def estimate(
     seconds = full / speed(device) + length * total.active * tuned_passes / speed(device, fast)
     seconds += moved / _traffic(device, max(a.out_features * a.in_features for a in block_linears(engine)))
 
-    tokens = share * length
-    at_work = activation_bytes(engine, max(tokens, _PIECE_TOKENS))
-    state, built = (largest, largest) if stage == "block" else (total, largest if again else total)
-    if stage == "e2e":
-        kept = 4 * engine.hidden_size * tokens if again else activation_bytes(engine, tokens)
-        at_work += kept * engine.num_hidden_layers
-    memory = _STATE_BYTES * (state.parameters + (state.weights if latent else 0))
-    memory += state.weights + 4 * built.weights + 4 * largest.weights + at_work
-    at_the_head = 2 * 4 * head + _LOGITS_BYTES
-    memory = max(memory, at_the_head) if stage == "block" else memory + at_the_head
+    memory = _memory(stage, engine, total, largest, share * length, latent, again)
     streams = 4 * windows * length * engine.hidden_size * (3 if stage == "block" else 2)
     if device.type == "cpu" and not offload:
         memory += streams
-    return Estimate(float(seconds), round(BASE_BYTES + memory), streams)
+    return Estimate(float(seconds), round(memory), streams)
+
+
+def _memory(
+    stage: str, engine: EngineConfig, total: _Sizes, largest: _Sizes, tokens: int, latent: bool, again: bool
+) -> float:
+    """Bytes beside the streams of activations, in steps of so many tokens."""
+    trained = largest if stage == "block" else total
+    built = total if stage == "e2e" and not again else largest  # W~, which the way back needs
+    memory = _STATE_BYTES * (trained.parameters + (trained.weights if latent else 0))
+    memory += trained.weights + 4 * built.weights + 4 * largest.weights
+    memory += activation_bytes(engine, max(tokens, _PIECE_TOKENS))
+    at_the_head = 2 * 4 * engine.vocab_size * engine.hidden_size + _LOGITS_BYTES
+    if stage == "block":
+        return BASE_BYTES + max(memory, at_the_head)
+    kept = 4 * engine.hidden_size * tokens if again else activation_bytes(engine, tokens)
+    return BASE_BYTES + memory + at_the_head + kept * engine.num_hidden_layers
 
 
 def check(stage: str, needed: Estimate, offload: bool, world: World) -> None:
