@@ -36,7 +36,7 @@ FAST = SolverOptions(rounds=2)
 # What the estimates rest on: rough figures of two cores (`benchmarks/quantize_memory.py` shows what is true).
 _PROBE = 1536  # side of the matrices that are multiplied to see how fast that is
 _COLUMN_SECONDS = 90e-6  # one column of up to 4096 rows in one pass over the codes
-_BASE_BYTES = 700 << 20  # Python, torch and transformers themselves
+BASE_BYTES = 700 << 20  # Python, torch and transformers themselves
 _SOLVER_COPIES = 8  # float32 arrays of a piece of a matrix that the solver holds
 
 
@@ -92,7 +92,8 @@ class CalibratedJob:
         self._engine = source.engine
         self._store = _Store(world, writer, {part.name: part for part in parts})
         self.blocks: list[BlockOutcome] = []
-        self.estimate = estimate(source.engine, calibration, options, world, offload is not None)
+        with torch_threads(self._threads):
+            self.estimate = estimate(source.engine, calibration, options, world, offload is not None)
         world.everywhere(lambda: self._check(calibration, world, offload))
         embedding = self._store.get(EMBEDDING)
         self._walk = LayerwiseQuantizer(
@@ -157,13 +158,19 @@ class CalibratedJob:
 
     @contextmanager
     def _working(self) -> Iterator[None]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(self._threads or before)
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            torch.set_num_threads(before)
+        with torch_threads(self._threads), torch.inference_mode():
+            yield
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Let torch use so many threads; None: as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def estimate(
@@ -219,7 +226,7 @@ def estimate(
     solving = max(40 * widest**2, 16 * widest**2 + _SOLVER_COPIES * 4 * (1 << 24))
     in_blocks = 2 * 4 * weights + solving + 3 * 4 * largest
     at_the_head = 4 * engine.vocab_size * (3 * engine.hidden_size + 4 * calibration.token_ids.shape[1])
-    memory = _BASE_BYTES + max(in_blocks, at_the_head)
+    memory = BASE_BYTES + max(in_blocks, at_the_head)
     return Estimate(
         seconds=per_block * engine.num_hidden_layers,
         memory_bytes=memory + (0 if offload else activations),
@@ -227,28 +234,36 @@ def estimate(
     )
 
 
-def speed(device: torch.device) -> float:
+def speed(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
     """Operations per second of a matrix product."""
-    a = torch.ones((_PROBE, _PROBE), device=device)
+    a = torch.ones((_PROBE, _PROBE), device=device, dtype=dtype)
     a @ a
     started = time.perf_counter()
     float((a @ a)[0, 0])
     return 2 * _PROBE**3 / (time.perf_counter() - started)
 
 
-def check_memory(needed: Estimate, offload: bool, device: torch.device, processes: int = 1) -> None:
+def check_memory(
+    needed: Estimate,
+    offload: bool,
+    device: torch.device,
+    processes: int = 1,
+    *,
+    work: str = "calibrating",
+    advice: str = "",
+) -> None:
     """Compare what work needs, in each of some processes on this machine, with what is free.
 
     Raises:
-        InsufficientMemoryError: it is more; says what would help.
+        InsufficientMemoryError: it is more; says what would help, by default fewer windows.
     """
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory() // processes
     if needed.memory_bytes > free:
-        advice = (
+        advice = advice or (
             "fewer or shorter calibration windows" if offload else "--offload, or fewer calibration windows"
         )
         raise InsufficientMemoryError(
-            f"calibrating needs about {needed.memory_bytes / 1e9:.1f} GB of memory, "
+            f"{work} needs about {needed.memory_bytes / 1e9:.1f} GB of memory, "
             f"but {free / 1e9:.1f} GB are free{' for each process' if processes > 1 else ''}; try {advice}"
         )
 

@@ -4,8 +4,7 @@ Each stage reads the folder that the stage before it made and writes another one
 killed, resumed and judged on its own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from elutq import hlq
 from elutq.architectures import EMBEDDING, HEAD, EngineConfig, block_linears
 from elutq.blocks import BlockReader, WeightSource
-from elutq.calibrated import embedder
+from elutq.calibrated import embedder, torch_threads
 from elutq.checkpoint import Checkpoint, CheckpointWriter, Part
 from elutq.errors import InvalidArgumentError
 from elutq.finetune.block import BlockTuner, TunedOutcome
@@ -74,7 +73,7 @@ class FinetuneJob:
 
     def blocks(self) -> tuple[list[TunedOutcome], HeldOut | None]:
         """Block reconstruction: how each block went, and how both models do in the end."""
-        with self._working():
+        with torch_threads(self._threads):
             tuner = BlockTuner(
                 BlockReader(self._source, self._world.device),
                 self._model,
@@ -122,7 +121,7 @@ class FinetuneJob:
         return outcome, held_out
 
     def _tune_model(self, state: Path, options: FinetuneOptions) -> tuple[EndToEndOutcome, HeldOut | None]:
-        with self._working():
+        with torch_threads(self._threads):
             tuner = EndToEndTuner(
                 BlockReader(self._source, self._world.device),
                 self._model,
@@ -224,15 +223,6 @@ class FinetuneJob:
         """The writer, which the first process has."""
         assert self._writer is not None
         return self._writer
-
-    @contextmanager
-    def _working(self) -> Iterator[None]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(self._threads or before)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
 
 
 class _SharedModel:

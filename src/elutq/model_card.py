@@ -22,7 +22,8 @@ def model_card(
         source: the original model as it was given; a hub id becomes `base_model`.
         folder: where its files are. Language, license and, for a local folder, base model are taken from its
             own card.
-        settings: `quantization_config`, the method, and the `target` size if there was one.
+        settings: `quantization_config`, the method, and the `target` size and `finetune` options, if there
+            were any.
         summary: sizes and errors.
         chat: whether it is a model to talk with.
     """
@@ -51,6 +52,7 @@ def model_card(
     if settings.get("target"):
         group = "per weight, each matrix by how much it matters"
     narrow = " with 8-bit scales" if settings.get("param_bits") == 8 else ""
+    tuned = ", then finetuned" if settings.get("finetune") else ""
     known = "" if "license" in metadata else " The original model's license applies."
     commands = [
         *(["elutq chat MODEL", "elutq serve MODEL        # pip install 'elutq[serve]'"] if chat else []),
@@ -59,7 +61,7 @@ def model_card(
     text = [
         f"# {name}, {bits}-bit HLQ",
         "",
-        f"{name} quantized to {bits} bits {group}{narrow}, method `{settings['method']}`: "
+        f"{name} quantized to {bits} bits {group}{narrow}, method `{settings['method']}`{tuned}: "
         f"{summary.linear_bits_per_weight:.3f} bits per weight in the decoder blocks, "
         f"{summary.bits_per_weight:.3f} over the whole model of {summary.params:,} weights.{known}",
         "",

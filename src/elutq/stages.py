@@ -10,9 +10,10 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ from elutq.tokenizer import Tokenizer
 from elutq.world import World
 
 if TYPE_CHECKING:
-    from elutq.calibrated import CalibratedJob
+    from elutq.calibrated import CalibratedJob, Estimate
     from elutq.gptq import SolverOptions
 
 REPORT_FILE = "quantization_report.json"
@@ -232,14 +233,19 @@ class Job:
         work = out.with_name(f"{out.name}.stages")
         self.world.on_main(lambda: self._prepare(work, out))
         folders = [work / self.method, *(work / stage for stage in options.stages[:-1]), out]
+        missing = [
+            (stage, base, target)
+            for stage, base, target in zip(options.stages, folders[:-1], folders[1:], strict=True)
+            if target == out or not self._exists(target)
+        ]
+        self._estimate([stage for stage, _, _ in missing], options, text)
+        self.world.on_main(lambda: self._begin(work))
         if not self._exists(folders[0]):
             self._quantize(folders[0], overwrite=False)
         report = None
-        for stage, base, target in zip(options.stages, folders[:-1], folders[1:], strict=True):
-            last = target == out
-            if last or not self._exists(target):
-                overwrite = last and self.overwrite
-                report = self._finetune(stage, base, target, overwrite, options, text, work / _STATE)
+        for stage, base, target in missing:
+            overwrite = target == out and self.overwrite
+            report = self._finetune(stage, base, target, overwrite, options, text, work / _STATE)
 
         def finish() -> QuantizationReport:
             assert report is not None
@@ -248,11 +254,36 @@ class Job:
 
         return self.world.on_main(finish)
 
+    def _estimate(self, stages: Sequence[str], options: FinetuneOptions, text: TuningText) -> None:
+        """Say what stages of finetuning will need, and make sure that it is there."""
+        from elutq.calibrated import torch_threads
+        from elutq.finetune_estimate import check, estimate
+
+        engine, world, offload = self.checkpoint.engine, self.world, self.offload is not None
+        needed = {}
+        with torch_threads(self.threads or world.threads):
+            for stage in stages:
+                needed[stage] = estimate(stage, engine, self.scheme, text, options, world, offload)
+        for stage, part in needed.items():
+            world.everywhere(partial(check, stage, part, offload, world))
+        self._announce("finetuning", text.train.size, *needed.values())
+
+    def _announce(self, work: str, tokens: int, *needed: "Estimate") -> None:
+        """What such work on so many tokens will need, one part after the other."""
+        disk = max(part.offload_bytes for part in needed) / 1e9
+        self.announce(
+            f"{work} on {tokens} tokens, {self.world.device.type}: "
+            f"about {max(1, round(sum(part.seconds for part in needed) / 60))} min, "
+            f"{max(part.memory_bytes for part in needed) / 1e9:.1f} GB of memory"
+            + (f", {disk:.1f} GB of disk" if self.offload else "")
+            + (f" in each of {self.world.size} processes" if self.world.size > 1 else "")
+        )
+
     def _exists(self, folder: Path) -> bool:
         return self.world.from_main(folder.exists)
 
     def _prepare(self, work: Path, out: Path) -> None:
-        """Make the folder of the stages, or make sure that it is this call's."""
+        """Make sure that a folder of stages is this call's, and that OUT can be made."""
         check_replaceable(out, self.overwrite)
         name = work / _FINGERPRINT
         if name.exists() and name.read_text() != self.fingerprint:
@@ -261,8 +292,11 @@ class Job:
                     f"{work} holds stages of another source or of other settings; delete it, or say overwrite"
                 )
             shutil.rmtree(work)
+
+    def _begin(self, work: Path) -> None:
+        """Make the folder of the stages."""
         work.mkdir(parents=True, exist_ok=True)
-        write_atomically(name, self.fingerprint.encode())
+        write_atomically(work / _FINGERPRINT, self.fingerprint.encode())
 
     def _finetune(
         self,
@@ -361,14 +395,7 @@ class Job:
             threads=self.threads,
             progress=job.advance,
         )
-        needed = blocks.estimate
-        each = f" in each of {world.size} processes" if world.size > 1 else ""
-        self.announce(
-            f"calibrating on {self.calibration.token_ids.size} tokens, {world.device.type}: "
-            f"about {max(1, round(needed.seconds / 60))} min, {needed.memory_bytes / 1e9:.1f} GB of memory"
-            + (f", {needed.offload_bytes / 1e9:.1f} GB of disk" if self.offload else "")
-            + each
-        )
+        self._announce("calibrating", self.calibration.token_ids.size, blocks.estimate)
         blocks.run()
         if HEAD in {part.name for part in parts if part.scheme}:
             job.known_importance[HEAD] = blocks.head_importance()

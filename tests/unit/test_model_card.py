@@ -67,3 +67,8 @@ def test_a_broken_card_is_passed_over(content: str, tmp_path: Path) -> None:
     assert card.data.base_model == "org/name"
     assert card.data.to_dict()["base_model_relation"] == "quantized"
     assert "org/name quantized to 3 bits in whole rows" in text
+    assert "finetuned" not in text
+    tuned = model_card(
+        "org/name", tmp_path, settings | {"finetune": {"stages": ["block"]}}, summary, chat=False
+    )
+    assert "method `hlq`, then finetuned: 3.000 bits" in tuned

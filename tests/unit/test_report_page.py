@@ -24,7 +24,14 @@ from elutq.models import bundled_model
 from elutq.quantize import quantize
 from elutq.report_page import LevelHistogram, level_histograms, report_figure, report_page
 from elutq.report_page.charts import error_charts
-from elutq.report_page.series import block_errors, mixed_bits, output_errors, weight_errors
+from elutq.report_page.series import (
+    block_errors,
+    mixed_bits,
+    output_errors,
+    reconstruction,
+    stages,
+    weight_errors,
+)
 
 Make = Callable[..., Path]
 Report = dict[str, Any]
@@ -68,9 +75,33 @@ def with_calibration(plain: Report) -> Report:
         | {linears[0]["name"]: {"output_error": 0.0625, "tokens": 9, "fallback": "too few tokens"}},
         "blocks": [{"index": i, "output_error": 0.001 * 2**i, "seconds": 1.5} for i in range(8)],
         "nll": {"full": 2.5, "quantized": 2.625, "kl": 0.0456, "tokens": 8192},
+        "stages": [
+            {"name": "hlq-gptq", "seconds": 60.0, "nll": nll(2.75, 0.0789)},
+            {
+                "name": "block",
+                "seconds": 1230.0,
+                "nll": nll(2.6875, 0.0567),
+                "blocks": [
+                    {"index": i, "before": 0.02 * 1.5**i, "after": 0.015 * 1.5**i, "steps": 256}
+                    for i in range(8)
+                ],
+            },
+            {
+                "name": "e2e",
+                "seconds": 610.0,
+                "nll": nll(2.625, 0.0456),
+                "before": 0.06,
+                "after": 0.05,
+                "steps": 128,
+            },
+        ],
         "generation": {"prompt": "Once", "text": " <b>upon</b>", "collapsed": False, "reason": None},
         "warnings": ["k_proj & friends"],
     }
+
+
+def nll(quantized: float, kl: float) -> dict[str, Any]:
+    return {"full": 2.5, "quantized": quantized, "kl": kl, "tokens": 8192}
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +213,29 @@ def test_series_of_a_report(rich: Report) -> None:
     assert output_errors(rich)["q_proj"] == {0: 0.0625} | dict.fromkeys(range(1, 8), 0.0125)
     assert block_errors(rich)[3] == 0.008
     assert mixed_bits(rich)["q_proj"] == {0: 4} | dict.fromkeys(range(1, 8), 3)
+    assert {when: len(errors) for when, errors in reconstruction(rich).items()} == {"before": 8, "after": 8}
+    assert reconstruction(rich)["after"][0] == 0.015
+
+
+def test_stages_are_told_one_by_one(rich: Report) -> None:
+    first, second, third = stages(rich)
+    assert first == {
+        "stage": "hlq-gptq",
+        "nll": "2.7500",
+        "increase": "+0.2500",
+        "KL divergence": "0.0789",
+        "steps": "",
+        "seconds": "60",
+    }
+    assert (second["stage"], second["steps"], second["seconds"]) == ("block", "2,048", "1,230")
+    assert (third["stage"], third["steps"], third["KL divergence"]) == ("e2e", "128", "0.0456")
+    rich["stages"][1]["nll"] = None
+    assert stages(rich)[1]["nll"] == ""
+    for few in ([], rich["stages"][:1]):
+        rich["stages"] = few
+        assert stages(rich) == []
+        assert reconstruction(rich) == {}
+        assert "After each stage" not in Page(report_page(rich, []))
 
 
 def test_series_leave_out_what_a_log_scale_cannot_show(plain: Report) -> None:
@@ -207,7 +261,15 @@ def test_the_picture_grows_with_what_is_known(
 def test_a_page_of_a_method_without_data(plain: Report) -> None:
     page = Page(report_page(plain, []))
     assert [tag["alt"] for tag in page.all("img")] == [error_charts(plain)[0].alt]
-    for absent in ("output error", "Calibration", "nats", "Generation", "warning", "Levels"):
+    for absent in (
+        "output error",
+        "Calibration",
+        "After each stage",
+        "nats",
+        "Generation",
+        "warning",
+        "Levels",
+    ):
         assert absent not in page
     for key in ("calibration", "outputs", "blocks", "nll", "generation", "warnings"):
         plain[key] = None
@@ -218,9 +280,11 @@ def test_a_page_of_a_calibrated_model(rich: Report, rich_page: Page) -> None:
     page = rich_page
     for words in ("llama-7m, 3-bit HLQ", "1 warning", "k_proj & friends", "<b>upon</b>", "2.6250", "+0.1250"):
         assert words in page
+    for words in ("After each stage", "2.6875", "+0.1875", "0.0567", "2,048", "1,230"):
+        assert words in page
     for words in ("65,536", "<stories>.txt", "0.0625", "too few tokens", "8,192 held-out tokens"):
         assert words in page
-    assert len(page.all("img")) == len(page.all("source")) == 7
+    assert len(page.all("img")) == len(page.all("source")) == 8
     assert len(page.all("details")) == len(rich["summary"]["kinds"])
     for tensor in rich["summary"]["tensors"]:
         assert tensor["name"] in page

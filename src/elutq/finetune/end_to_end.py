@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from elutq.architectures import FINAL_NORM
+from elutq.architectures import FINAL_NORM, EngineConfig
 from elutq.blocks import BlockReader, DecoderBlock
 from elutq.finetune.block import get, own_windows, put
 from elutq.finetune.objective import Heads, add, mean
@@ -60,6 +60,17 @@ class EndToEndOutcome:
     before: float
     after: float
     steps: int
+
+
+def activation_bytes(engine: EngineConfig, tokens: int) -> int:
+    """What one block keeps of so many tokens for the way back, roughly."""
+    return 4 * (16 * engine.hidden_size + 4 * engine.intermediate_size) * tokens
+
+
+def recomputes(engine: EngineConfig, length: int, options: TuneOptions, world: World) -> bool:
+    """Whether a step with windows of `length` tokens runs blocks again on the way back."""
+    tokens = -(-options.batch // world.size) * length
+    return activation_bytes(engine, tokens) * engine.num_hidden_layers > _KEPT_BYTES
 
 
 class EndToEndTuner:
@@ -124,8 +135,9 @@ class EndToEndTuner:
                 put(self._inputs, [window], (embed_tuned or reader.embed)(self._ids[[window]]))
         head = reader.head()
         self._heads = Heads(head, head if head_tuned is None else torch.from_numpy(head_tuned).to(head))
-        self._blocks = [reader.block(index) for index in range(engine.num_hidden_layers)]
-        for block in self._blocks:
+        self._blocks = []
+        for index in range(engine.num_hidden_layers):  # one at a time in float32
+            block = reader.block(index)
             make_trainable(
                 block,
                 model,
@@ -134,15 +146,14 @@ class EndToEndTuner:
                 train_codes=options.latent_rate > 0,
                 uniform=options.uniform,
             )
+            self._blocks.append(block)
         self._modules = [_BlockModule(block) for block in self._blocks]
         if shard:
             for module in self._modules:
                 fully_shard(module)
         self._norm = {FINAL_NORM.removesuffix(".weight"): reader.final_norm()}
         set_vectors(self._norm, {FINAL_NORM: model.read_float32(FINAL_NORM)})
-        per_token = 4 * (16 * engine.hidden_size + 4 * engine.intermediate_size) * len(self._blocks)
-        own_share = -(-options.batch // world.size)
-        self._recompute = per_token * self._length * own_share > _KEPT_BYTES
+        self._recompute = recomputes(engine, self._length, options, world)
 
     def tune(self, state: Path, save_seconds: float) -> tuple[Tuned, EndToEndOutcome]:
         """Tune the model.

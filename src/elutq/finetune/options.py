@@ -152,7 +152,12 @@ def choose(
     else:
         options = FinetuneOptions()
         if effort == "best":
-            options = replace(options, samples=2048, e2e=replace(options.e2e, latent_rate=0.015))
+            options = replace(
+                options,
+                samples=2048,
+                block=replace(options.block, latent_rate=0.01),
+                e2e=replace(options.e2e, epochs=2, latent_rate=0.008),
+            )
         if stages is not None:
             options = replace(options, stages=tuple(stages))
     return options if samples is None else replace(options, samples=samples)

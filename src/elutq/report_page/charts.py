@@ -17,6 +17,8 @@ from elutq.report_page.series import (
     facts,
     mixed_bits,
     output_errors,
+    reconstruction,
+    stages,
     title,
     weight_errors,
 )
@@ -76,7 +78,8 @@ def report_figure(report: Mapping[str, Any], histograms: Sequence[LevelHistogram
     rows = [[chart] for chart in error_charts(report)]
     levels = level_charts(histograms)
     rows += [levels[i : i + 2] for i in range(0, len(levels), 2)]
-    heights = [0.8, *(max(chart.size[1] for chart in row) + 0.45 for row in rows)]
+    lines = _headlines(report)
+    heights = [0.55 + 0.25 * len(lines), *(max(chart.size[1] for chart in row) + 0.45 for row in rows)]
     figure = Figure(
         figsize=(_WIDTH, sum(heights)),
         dpi=_DPI,
@@ -84,7 +87,7 @@ def report_figure(report: Mapping[str, Any], histograms: Sequence[LevelHistogram
         facecolor=LIGHT.paper,
     )
     bands = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    _headline(bands[0], report)
+    _headline(bands[0], title(report), lines, heights[0])
     for band, row in zip(bands[1:], rows, strict=True):
         for part, chart in zip(band.subfigures(1, len(row), squeeze=False)[0], row, strict=True):
             part.set_facecolor("none")
@@ -103,9 +106,10 @@ def report_figure(report: Mapping[str, Any], histograms: Sequence[LevelHistogram
 def error_charts(report: Mapping[str, Any]) -> list[Chart]:
     """Charts of errors and bits along the blocks: those that the report has data for."""
     charts = []
+    left = ", before finetuning" if stages(report) else ""
     panels = {
         "weights": weight_errors(report),
-        "outputs on the calibration data": output_errors(report),
+        f"outputs on the calibration data{left}": output_errors(report),
     }
     panels = {name: errors for name, errors in panels.items() if errors}
     if panels:
@@ -123,11 +127,22 @@ def error_charts(report: Mapping[str, Any]) -> list[Chart]:
         charts.append(
             Chart(
                 "Error of whole blocks",
-                "Relative squared error of what leaves each block, on the calibration data, with every block "
-                "before it quantized too. The scale is logarithmic.",
+                f"Relative squared error of what leaves each block, on the calibration data{left}, with "
+                "every block before it quantized too. The scale is logarithmic.",
                 f"Relative squared error of the blocks' outputs: {_range({'block': blocks})}",
                 (11.0, 2.3),
-                lambda figure, theme: _draw_blocks(figure, theme, blocks),
+                lambda figure, theme: _draw_blocks(figure, theme, {"block": blocks}),
+            )
+        )
+    if rebuilt := reconstruction(report):
+        charts.append(
+            Chart(
+                "Block reconstruction",
+                "Relative squared error of what leaves each block, on windows held out of the tuning, before "
+                "and after the block was tuned, with every block before it tuned already.",
+                f"Relative squared error of the blocks' outputs: {_range(rebuilt)}",
+                (11.0, 2.3),
+                lambda figure, theme: _draw_blocks(figure, theme, rebuilt),
             )
         )
     if bits := mixed_bits(report):
@@ -173,22 +188,18 @@ def _draw_depth(figure: FigureBase, theme: Theme, panels: Mapping[str, ByKind]) 
         axes.set_title(name, loc="left", fontsize=_TEXT, color=theme.muted)
     all_axes[0].set_ylabel("relative squared error")
     order = sorted(kinds, key=_rank)
-    figure.legend(
-        [kinds[kind] for kind in order],
-        order,
-        loc="outside right center",
-        frameon=False,
-        fontsize=_TEXT,
-        labelcolor=theme.ink,
-    )
+    _legend(figure, theme, [kinds[kind] for kind in order], order)
 
 
-def _draw_blocks(figure: FigureBase, theme: Theme, blocks: Mapping[int, float]) -> None:
+def _draw_blocks(figure: FigureBase, theme: Theme, lines: ByKind) -> None:
     axes = figure.subplots()
     _frame(axes, theme)
-    _line(axes, blocks, theme.hlq, "o")
-    _log_scale(axes, blocks.values())
+    looks = {"before": (theme.uniform, "s")}
+    drawn = [_line(axes, blocks, *looks.get(name, (theme.hlq, "o")))[0] for name, blocks in lines.items()]
+    _log_scale(axes, (error for blocks in lines.values() for error in blocks.values()))
     axes.set_ylabel("relative squared error")
+    if len(lines) > 1:
+        _legend(figure, theme, drawn, list(lines))
 
 
 def _draw_bits(figure: FigureBase, theme: Theme, bits: ByKind) -> None:
@@ -216,14 +227,7 @@ def _draw_bits(figure: FigureBase, theme: Theme, bits: ByKind) -> None:
         side.set_visible(False)
     axes.tick_params(length=0)
     handles = [axes.scatter([], [], marker="s", s=70, color=shade) for shade in shades]
-    figure.legend(
-        handles,
-        [f"{value:.0f} bit{'s' if value > 1 else ''}" for value in used],
-        loc="outside right center",
-        frameon=False,
-        fontsize=_TEXT,
-        labelcolor=theme.ink,
-    )
+    _legend(figure, theme, handles, [f"{value:.0f} bit{'s' if value > 1 else ''}" for value in used])
 
 
 def _draw_levels(figure: FigureBase, theme: Theme, histogram: LevelHistogram) -> None:
@@ -248,9 +252,18 @@ def _named(grid: str, error: float | None) -> str:
     return grid if error is None else f"{grid}: error {error:.4f}"
 
 
-def _headline(figure: FigureBase, report: Mapping[str, Any]) -> None:
-    line = "    ".join(f"{name} {value}" for name, value in facts(report))
-    for y, text, size, color in ((0.85, title(report), _LARGE, LIGHT.ink), (0.3, line, _TEXT, LIGHT.muted)):
+def _headlines(report: Mapping[str, Any]) -> list[str]:
+    """The facts, and where the KL divergence went from stage to stage."""
+    after = [(stage["stage"], stage["KL divergence"]) for stage in stages(report)]
+    lines = [facts(report), [(f"KL divergence after {name}", value) for name, value in after if value]]
+    return ["    ".join(f"{name} {value}" for name, value in line) for line in lines if line]
+
+
+def _headline(figure: FigureBase, name: str, lines: Sequence[str], height: float) -> None:
+    texts = [(0.12, name, _LARGE, LIGHT.ink)]
+    texts += [(0.56 + 0.25 * i, line, _TEXT, LIGHT.muted) for i, line in enumerate(lines)]
+    for down, text, size, color in texts:
+        y = 1 - down / height
         figure.text(_PAD / _WIDTH, y, text, fontsize=size, color=color, va="top", parse_math=False)
 
 
@@ -277,6 +290,12 @@ def _line(axes: Axes, values: Mapping[int, float], color: str, marker: str) -> A
         marker=marker,
         markersize=size,
         linewidth=1.4,
+    )
+
+
+def _legend(figure: FigureBase, theme: Theme, handles: Sequence[Any], names: Sequence[str]) -> None:
+    figure.legend(
+        handles, names, loc="outside right center", frameon=False, fontsize=_TEXT, labelcolor=theme.ink
     )
 
 

@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from elutq.report_page.charts import error_charts, level_charts
 from elutq.report_page.levels import LevelHistogram
-from elutq.report_page.series import facts, title
+from elutq.report_page.series import facts, stages, title
 from elutq.report_page.theme import DARK, LIGHT, Theme
 
 _NONE = "\N{EN DASH}"
@@ -37,6 +37,7 @@ def report_page(report: Mapping[str, Any], histograms: Sequence[LevelHistogram])
     return template.render(
         title=title(report),
         facts=facts(report),
+        stages=stages(report),
         report=report,
         outputs=report.get("outputs") or {},
         warnings=report.get("warnings") or [],

@@ -32,6 +32,35 @@ def block_errors(report: Mapping[str, Any]) -> dict[int, float]:
     }
 
 
+def reconstruction(report: Mapping[str, Any]) -> ByKind:
+    """The same before and after block reconstruction, on windows held out; empty without."""
+    blocks = [block for stage in report["stages"] for block in stage.get("blocks", ())]
+    return {
+        when: {block["index"]: block[when] for block in blocks if _is_positive(block[when])}
+        for when in ("before", "after")
+        if any(_is_positive(block[when]) for block in blocks)
+    }
+
+
+def stages(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What each stage came to, ready to read; empty unless there are several."""
+    return [_stage(stage) for stage in report["stages"] if len(report["stages"]) > 1]
+
+
+def _stage(stage: Mapping[str, Any]) -> dict[str, str]:
+    blocks = stage.get("blocks", ())
+    steps = sum(block["steps"] for block in blocks) if blocks else stage.get("steps")
+    nll = stage["nll"]
+    return {
+        "stage": stage["name"],
+        "nll": f"{nll['quantized']:.4f}" if nll else "",
+        "increase": f"{nll['quantized'] - nll['full']:+.4f}" if nll else "",
+        "KL divergence": f"{nll['kl']:.4f}" if nll else "",
+        "steps": f"{steps:,}" if steps else "",
+        "seconds": f"{stage['seconds']:,.0f}",
+    }
+
+
 def mixed_bits(report: Mapping[str, Any]) -> ByKind:
     """Bits of each block linear; empty when all have the same."""
     bits = _by_kind(report, lambda tensor: tensor["bits"])
