@@ -70,7 +70,7 @@ class QuantizationReport:
         versions: of this package, the format, Python and NumPy.
         file_bytes: size of the weight files.
         seconds: of this run; less than the whole work if it continued an earlier one.
-        weights_per_second: quantized in this run, over its seconds.
+        weights_per_second: of the first stage, in this run.
         summary: sizes and errors per tensor and per kind.
         calibration: what it was calibrated on (`Calibration.record`), None without.
         outputs: module -> how its calibration went (`layerwise.Outcome`).
