@@ -90,8 +90,8 @@ def estimate(
     seconds = full / speed(device) + length * active * tuned_passes / speed(device, fast)
     seconds += moved / _traffic(device, max(a.out_features * a.in_features for a in block_linears(engine)))
 
-    holders = world.size if stage == "e2e" and options.shard else 1
-    memory = _memory(stage, engine, total, largest, share * length, latent, again, holders)
+    shards = world.size if stage == "e2e" and options.shard else 1
+    memory = _memory(stage, engine, total, largest, share * length, latent, again, shards)
     streams = 4 * windows * length * engine.hidden_size * (3 if stage == "block" else 2)
     if device.type == "cpu" and not offload:
         memory += streams
@@ -106,15 +106,15 @@ def _memory(
     tokens: int,
     latent: bool,
     again: bool,
-    holders: int,
+    shards: int,
 ) -> float:
-    """Bytes beside the streams of activations, in steps of so many tokens; `holders` share the model."""
+    """Bytes beside the streams of activations, in steps of so many tokens; so many `shards` of the model."""
     trained = largest if stage == "block" else total
     built = total if stage == "e2e" and not again else largest  # W~, which the way back needs
-    memory = _STATE_BYTES * (trained.parameters + (trained.weights if latent else 0)) + trained.weights
-    memory /= holders
-    if holders > 1:  # a block is put together, and its gradients before they are shared out
-        memory += 8 * (largest.parameters + (largest.weights if latent else 0)) + largest.weights
+    memory = trained.weights + _STATE_BYTES * (trained.parameters + (trained.weights if latent else 0))
+    if shards > 1:  # two blocks are whole at a time: one at work, one on its way
+        whole = largest.weights + 4 * (largest.parameters + (largest.weights if latent else 0))
+        memory = memory / shards + 2 * whole
     memory += 4 * built.weights + 4 * largest.weights
     memory += activation_bytes(engine, max(tokens, _PIECE_TOKENS))
     at_the_head = 2 * 4 * engine.vocab_size * engine.hidden_size + _LOGITS_BYTES

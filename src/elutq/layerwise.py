@@ -139,6 +139,18 @@ class Activations:
                 ) from error
             data, position = data[count:], position + count
 
+    def overwrite(self, batch: int, tensor: Tensor) -> None:
+        """Store a copy where the batch's tensor is, which nobody else may hold; memory stays in one piece."""
+        kept = self._tensors.get(batch)
+        if (
+            self._file is None
+            and kept is not None
+            and (kept.shape, kept.dtype) == (tensor.shape, tensor.dtype)
+        ):
+            kept.copy_(tensor)
+        else:
+            self[batch] = tensor.clone()
+
     def __getitem__(self, batch: int) -> Tensor:
         if self._file is None:
             return self._tensors[batch]

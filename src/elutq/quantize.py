@@ -73,6 +73,7 @@ def quantize(
     finetune: Sequence[str] | FinetuneOptions | None = None,
     finetune_samples: int | None = None,
     effort: str | None = None,
+    shard: bool = False,
     rotate: bool = False,
     solver: "SolverOptions | None" = None,
     device: str | None = None,
@@ -118,6 +119,8 @@ def quantize(
         finetune_samples: windows of the same texts to finetune on; by default 512, with effort "best" 2048.
         effort: "fast" is calibration alone, with fewer rounds; "balanced" adds both stages of finetuning;
             "best" has more text for them, and changes codes in the second, too. What is said besides wins.
+        shard: spread the model over the processes of torchrun in end-to-end tuning, where one device cannot
+            hold it.
         rotate: quantize the model in rotated axes (`elutq.rotation`).
         solver: options of the calibrated solver, in place of the method's own.
         device: where torch calibrates, such as "cuda"; by default a GPU if there is one.
@@ -152,6 +155,7 @@ def quantize(
                 finetune,
                 finetune_samples,
                 effort,
+                shard,
                 threads,
                 shard_bytes,
                 QuantScheme(
@@ -267,6 +271,7 @@ class _Asked:
         finetune: Sequence[str] | FinetuneOptions | None,
         samples: int | None,
         effort: str | None,
+        shard: bool,
         threads: int | None,
         shard_bytes: int,
         blocks: QuantScheme,
@@ -277,6 +282,10 @@ class _Asked:
         if type(shard_bytes) is not int or shard_bytes < 1:
             raise InvalidArgumentError(f"shard_bytes must be a positive integer, not {shard_bytes!r}")
         tuned = choose(effort, finetune, samples)
+        if shard:
+            if tuned is None or "e2e" not in tuned.stages:
+                raise InvalidArgumentError("shard is for finetuning end to end; add e2e, or leave it out")
+            tuned = replace(tuned, shard=True)
         method = method or ("hlq-gptq" if tuned or effort else "hlq")
         if method not in METHODS:
             raise InvalidArgumentError(f"method must be one of {', '.join(METHODS)}, not {method!r}")

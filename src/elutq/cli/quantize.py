@@ -106,6 +106,14 @@ def quantize(
             rich_help_panel=_CALIBRATION,
         ),
     ] = None,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard",
+            help="Under torchrun, spread the model over the processes in end-to-end tuning (FSDP).",
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = False,
     device: Annotated[
         str | None,
         typer.Option(help="cpu or cuda; by default a GPU if there is one.", rich_help_panel=_CALIBRATION),
@@ -163,6 +171,7 @@ def quantize(
             finetune=None if finetune is None else finetune.split(","),
             finetune_samples=finetune_samples,
             effort=effort,
+            shard=shard,
             device=device,
             offload=offload,
             threads=threads,

@@ -89,7 +89,7 @@ class Streams:
 def put(stream: Activations, windows: Sequence[int], values: Tensor) -> None:
     """Store one tensor for each window."""
     for window, value in zip(windows, values.cpu(), strict=True):
-        stream[window] = value.clone()
+        stream.overwrite(window, value)
 
 
 def get(stream: Activations, windows: Sequence[int], device: torch.device) -> Tensor:
