@@ -16,9 +16,9 @@ from elutq.scheme import ModelScheme
 from elutq.world import World
 
 # Bytes that go through memory, as `_traffic` measures it, fitted to what `QuantizedLinear` and Adam take.
-_PLANE_BYTES = 25  # per weight and bit plane: to build W~, and as many for the gradients of scales and zeros
-_LEVEL_BYTES = 20  # per weight and level: to find the nearest one of a latent weight
-_ADAM_BYTES = 90  # per parameter and step, with the gradients' norm
+_PLANE_BYTES = 40  # per weight and bit plane: to build W~, and as many for the gradients of scales and zeros
+_LEVEL_BYTES = 40  # per weight and level: to find the nearest one of a latent weight
+_ADAM_BYTES = 150  # per parameter and step, with the gradients' norm
 _LOGIT_BYTES = 60  # per logit of both models, softmax and gradient
 
 _STATE_BYTES = 20  # of a trained parameter: itself, its gradient, two moments, the best that was seen
@@ -49,7 +49,8 @@ def estimate(
 
     Per token and weight of a block, the full model spends 2 operations, as does the tuned one where it is
     only looked at, and 6 where it is trained, 8 if activations are computed again on the way back. Heads are
-    run by both models. In every step, and for every window held out, W~ is built anew from codes and scales.
+    run by both models. A token that attends to n others is 2 n more weights for each head's dimension. In
+    every step, and for every window held out, W~ is built anew from codes and scales.
 
     Returns:
         Seconds; bytes of memory, where the device has its own of that alone; bytes of activations, which lie
@@ -70,7 +71,8 @@ def estimate(
     windows, seen, judged = batches * share + held_out + reported, steps * share, looks * held_out
     again = stage == "e2e" and recomputes(engine, length, tuning, world)
 
-    head = engine.vocab_size * engine.hidden_size
+    layers, head = engine.num_hidden_layers, engine.vocab_size * engine.hidden_size
+    active = total.active + layers * 2 * length * engine.num_attention_heads * engine.head_dim
     if stage == "block":
         full_passes, tuned_passes, builds, at_heads = 4 * windows, 2 * judged, steps + judged, 0
     else:
@@ -78,13 +80,14 @@ def estimate(
         builds, at_heads = steps * (2 if again else 1) + judged + reported, seen + judged
     tuned_passes += (8 if again else 6) * seen
     heads = (6 if options.objective == "kl" else 4) * at_heads + 14 * reported
-    full = length * (total.active * full_passes + head * heads)
+    full = length * (active * full_passes + head * heads)
     build = _PLANE_BYTES * total.planes + (_LEVEL_BYTES * total.levels if latent else 0)
     moved = builds * build + steps * (_PLANE_BYTES * total.planes + _ADAM_BYTES * trained)
     moved += _LOGIT_BYTES * engine.vocab_size * length * (at_heads + 2 * reported)
+    moved += activation_bytes(engine, length) * layers * (full_passes + tuned_passes)
     device = world.device
     fast = torch.bfloat16 if device.type == "cuda" else torch.float32
-    seconds = full / speed(device) + length * total.active * tuned_passes / speed(device, fast)
+    seconds = full / speed(device) + length * active * tuned_passes / speed(device, fast)
     seconds += moved / _traffic(device, max(a.out_features * a.in_features for a in block_linears(engine)))
 
     shards = world.size if stage == "e2e" and options.shard else 1
@@ -105,7 +108,7 @@ def _memory(
     again: bool,
     shards: int,
 ) -> float:
-    """Bytes beside the streams of activations, in steps of so many tokens."""
+    """Bytes beside the streams of activations, in steps of so many tokens; so many `shards` of the model."""
     trained = largest if stage == "block" else total
     built = total if stage == "e2e" and not again else largest  # W~, which the way back needs
     memory = trained.weights + _STATE_BYTES * (trained.parameters + (trained.weights if latent else 0))

@@ -62,9 +62,15 @@ def operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune_estimate, "_traffic", lambda *_: float("inf"))
 
 
+def in_passes(engine: EngineConfig) -> int:
+    """Weights that a token meets, attention counted as such."""
+    attention = 2 * LENGTH * engine.num_attention_heads * engine.head_dim * engine.num_hidden_layers
+    return attention + sum(linear.out_features * linear.in_features for linear in block_linears(engine))
+
+
 @pytest.mark.usefixtures("operations")
 def test_operations_are_those_of_the_passes(engine: EngineConfig, world: World) -> None:
-    weights = sum(linear.out_features * linear.in_features for linear in block_linears(engine))
+    weights = in_passes(engine)
     head = engine.vocab_size * engine.hidden_size
     # 16 of 18 windows make 4 batches. Block: 8 steps, looks at 0, 2, 4, 6 and 8, all of 3 windows.
     passes = 4 * (16 + 3 + 1) + 6 * 32 + 2 * 5 * 3
@@ -83,7 +89,7 @@ def test_activations_that_are_computed_again_cost_two_more(
 ) -> None:
     before = needs("e2e", engine, world)
     monkeypatch.setattr("elutq.finetune.end_to_end._KEPT_BYTES", 0)
-    weights = sum(linear.out_features * linear.in_features for linear in block_linears(engine))
+    weights = in_passes(engine)
     assert needs("e2e", engine, world).seconds - before.seconds == 2 * 16 * LENGTH * weights
     assert needs("block", engine, world).seconds < before.seconds * 4
 
@@ -124,11 +130,27 @@ def test_memory_is_counted(engine: EngineConfig, world: World) -> None:
         assert kept.seconds > 0
 
 
+def test_a_sharded_model_is_held_together(
+    engine: EngineConfig, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(world, "size", 2)
+    latent = replace(OPTIONS, e2e=replace(OPTIONS.e2e, latent_rate=1))
+    whole, sharded = (needs("e2e", engine, world, options=replace(latent, shard=s)) for s in (False, True))
+    sizes = finetune_estimate._sizes(engine, ModelScheme(QuantScheme(2, 32)))
+    weights, _, parameters, *_ = sizes.sum(0)
+    saved = (20 * (weights + parameters) + weights) / 2
+    weights, _, parameters, *_ = sizes.max(0)
+    assert whole.memory_bytes - sharded.memory_bytes == round(saved - 2 * (5 * weights + 4 * parameters))
+    alone = needs("block", engine, world, options=replace(latent, shard=True))
+    assert alone == replace(needs("block", engine, world, options=latent), seconds=alone.seconds)
+
+
 def test_bits_and_latent_weights_cost_time(
     engine: EngineConfig, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(finetune_estimate, "speed", lambda *_: float("inf"))
     monkeypatch.setattr(finetune_estimate, "_traffic", lambda *_: 1.0)
+    monkeypatch.setattr(finetune_estimate, "activation_bytes", lambda *_: 0)
     fixed = replace(OPTIONS, block=replace(OPTIONS.block, latent_rate=0))
     assert needs("block", engine, world).seconds > 2 * needs("block", engine, world, options=fixed).seconds
 

@@ -135,8 +135,8 @@ class EndToEndTuner:
                 put(self._inputs, [window], (embed_tuned or reader.embed)(self._ids[[window]]))
         head = reader.head()
         self._heads = Heads(head, head if head_tuned is None else torch.from_numpy(head_tuned).to(head))
-        self._blocks = []
-        for index in range(engine.num_hidden_layers):  # one at a time in float32
+        self._blocks, self._modules = [], []
+        for index in range(engine.num_hidden_layers):  # one at a time in float32, and whole
             block = reader.block(index)
             make_trainable(
                 block,
@@ -147,10 +147,9 @@ class EndToEndTuner:
                 uniform=options.uniform,
             )
             self._blocks.append(block)
-        self._modules = [_BlockModule(block) for block in self._blocks]
-        if shard:
-            for module in self._modules:
-                fully_shard(module)
+            self._modules.append(_BlockModule(block))
+            if shard:
+                fully_shard(self._modules[-1])
         self._norm = {FINAL_NORM.removesuffix(".weight"): reader.final_norm()}
         set_vectors(self._norm, {FINAL_NORM: model.read_float32(FINAL_NORM)})
         self._recompute = recomputes(engine, self._length, options, world)
