@@ -121,6 +121,7 @@ class EndToEndTuner:
         self._training = set(own_windows(count, options, world))
         self._held_out = [count + i for i in world.share(len(held_out))]
         self._held_count = len(held_out)
+        self._shard, self._report_count = shard, len(report)
         self._report = [count + len(held_out) + i for i in world.share(len(report))]
         self._ids = torch.from_numpy(np.concatenate([windows, held_out, report]))
         own = [*sorted(self._training), *self._held_out, *self._report]
@@ -193,9 +194,10 @@ class EndToEndTuner:
     def evaluate(self) -> HeldOut | None:
         """Both models on the windows of the report; None when there are none."""
         sums = HeldOut(0.0, 0.0, 0.0, 0)
-        for window in self._report:
+        for window, counts in self._in_turn(self._report, self._report_count):
             full, tuned = get(self._full, [window], self._device)[0], self._hidden([window])[0]
-            sums = add(sums, self._heads.compare(full, tuned, self._ids[window]))
+            if counts:
+                sums = add(sums, self._heads.compare(full, tuned, self._ids[window]))
         return mean(sums, self._world)
 
     def _run_full(self, reader: BlockReader, own: list[int]) -> None:
@@ -236,8 +238,20 @@ class EndToEndTuner:
         return self._heads.kl(full.flatten(0, 1), hidden.flatten(0, 1)).div(self._length)
 
     def _held_out_loss(self) -> float:
-        own = sum(float(self._loss_of([window])) for window in self._held_out)
+        turns = self._in_turn(self._held_out, self._held_count)
+        own = sum(float(self._loss_of([window])) * counts for window, counts in turns)
         return self._world.totals(own)[0] / self._held_count
+
+    def _in_turn(self, own: list[int], count: int) -> Iterator[tuple[int, bool]]:
+        """This process's windows of `count`, and that they count.
+
+        Where blocks are sharded, all processes run them together: one with fewer windows runs another, which
+        does not count.
+        """
+        turns = -(-count // self._world.size) if self._shard else len(own)
+        spare = min(self._training)
+        for turn in range(turns):
+            yield (own[turn], True) if turn < len(own) else (spare, False)
 
     def _result(self) -> Tuned:
         tuned = []
