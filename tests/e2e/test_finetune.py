@@ -379,12 +379,13 @@ def elutq(*arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_each_stage_gained(
     tmp_path: Path, two_blocks: Path, texts: tuple[Path, list[int]]
 ) -> None:
     command = ["quantize", str(two_blocks), "-o", str(tmp_path / "out"), "--calibration", str(texts[0])]
     command += ["--calibration-samples", "8", "--calibration-length", str(LENGTH), "--threads", "1"]
-    done = elutq(*command, "--finetune", "block,e2e", "--finetune-samples", "8")
+    done = elutq(*command, "--effort", "fast", "--finetune", "block,e2e", "--finetune-samples", "8")
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
     assert re.findall(r"after (\S+), \d+ s: nll \d\.\d+, KL 0\.\d+", said) == ["hlq-gptq", "block", "e2e"]

@@ -143,6 +143,59 @@ def test_four_processes_share_experts(tmp_path: Path, make_folder: Callable[...,
     check_alike(one, several, report)
 
 
+TUNE = ["--effort", "fast", "--finetune", "block,e2e", "--finetune-samples", "8", "--json"]
+
+
+@pytest.mark.slow
+def test_two_processes_finetune_what_one_does(tmp_path: Path, two_blocks: Path, text: Path) -> None:
+    several, one = tmp_path / "several", tmp_path / "one"
+    more = ["--calibration-length", "48", *TUNE]
+    report = run(torchrun(2, "-m", "elutq", *options(two_blocks, several, text, *more)), several)
+    single = quantize(
+        two_blocks,
+        one,
+        effort="fast",
+        finetune=["block", "e2e"],
+        finetune_samples=8,
+        calibration=[str(text)],
+        **{**SMALL, "calibration_length": 48},
+    )
+    check_alike(one, several, report)
+    for tuned, expected in zip(report["stages"][1:], single.stages[1:], strict=True):
+        assert tuned["name"] == expected["name"]
+        for a, b in zip(tuned.get("blocks", [tuned]), expected.get("blocks", [expected]), strict=True):
+            assert a["steps"] == b["steps"]
+            assert a["before"] == pytest.approx(b["before"], rel=0.02)
+            assert a["after"] == pytest.approx(b["after"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_two_processes_finetune_experts_that_not_both_reach(
+    tmp_path: Path, make_folder: Callable[..., Path], text: Path
+) -> None:
+    source = make_folder(
+        tmp_path / "m",
+        model_type="qwen3_moe",
+        vocab_size=json.loads((bundled_model() / "config.json").read_text())["vocab_size"],
+        max_position_embeddings=64,
+        num_experts=12,
+        num_experts_per_tok=1,
+        moe_intermediate_size=32,
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).write_bytes((bundled_model() / name).read_bytes())
+    more = ["--calibration-length", "16", "--bits", "3", "--group-size", "32", *TUNE]
+    report = run(
+        torchrun(2, "-m", "elutq", *options(source, tmp_path / "out", text, *more)), tmp_path / "out"
+    )
+    for stage in report["stages"][1:]:
+        for tuned in stage.get("blocks", [stage]):
+            assert 0 < tuned["after"] <= tuned["before"] < 1
+            assert tuned["steps"] == (4 if stage["name"] == "block" else 2)
+    with load(tmp_path / "out") as model:
+        assert model.generate("Once", max_new_tokens=4) is not None
+
+
 @pytest.mark.slow
 def test_a_dying_process_ends_the_job_which_goes_on_later(
     tmp_path: Path, two_blocks: Path, text: Path, by_two: tuple[Path, dict[str, Any]]
