@@ -143,30 +143,34 @@ def test_four_processes_share_experts(tmp_path: Path, make_folder: Callable[...,
     check_alike(one, several, report)
 
 
-TUNE = ["--effort", "fast", "--finetune", "block,e2e", "--finetune-samples", "8", "--json"]
+FINETUNE = """
+import sys
+from elutq.finetune.options import FinetuneOptions, TuneOptions
+from elutq.quantize import quantize
+
+tune = TuneOptions(epochs=3, latent_rate=0.05, warmup=1, checks=2)
+quantize(
+    sys.argv[1], sys.argv[2], calibration=[sys.argv[3]], calibration_samples=8, calibration_length=64,
+    threads=1, finetune=FinetuneOptions(samples=8, block=tune, e2e=tune),
+)
+"""
 
 
 @pytest.mark.slow
 def test_two_processes_finetune_what_one_does(tmp_path: Path, two_blocks: Path, text: Path) -> None:
-    several, one = tmp_path / "several", tmp_path / "one"
-    more = ["--calibration-length", "48", *TUNE]
-    report = run(torchrun(2, "-m", "elutq", *options(two_blocks, several, text, *more)), several)
-    single = quantize(
-        two_blocks,
-        one,
-        effort="fast",
-        finetune=["block", "e2e"],
-        finetune_samples=8,
-        calibration=[str(text)],
-        **{**SMALL, "calibration_length": 48},
-    )
+    script, several, one = tmp_path / "finetune.py", tmp_path / "several", tmp_path / "one"
+    script.write_text(FINETUNE)
+    for out, command in ((one, [sys.executable, str(script)]), (several, torchrun(2, str(script)))):
+        subprocess.run([*command, str(two_blocks), str(out), str(text)], check=True, capture_output=True)
+    single, report = (json.loads((out / "quantization_report.json").read_text()) for out in (one, several))
     check_alike(one, several, report)
-    for tuned, expected in zip(report["stages"][1:], single.stages[1:], strict=True):
+    for tuned, expected in zip(report["stages"][1:], single["stages"][1:], strict=True):
         assert tuned["name"] == expected["name"]
         for a, b in zip(tuned.get("blocks", [tuned]), expected.get("blocks", [expected]), strict=True):
             assert a["steps"] == b["steps"]
             assert a["before"] == pytest.approx(b["before"], rel=0.02)
             assert a["after"] == pytest.approx(b["after"], rel=0.02)
+            assert a["after"] < a["before"]
 
 
 @pytest.mark.slow
@@ -184,7 +188,8 @@ def test_two_processes_finetune_experts_that_not_both_reach(
     )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).write_bytes((bundled_model() / name).read_bytes())
-    more = ["--calibration-length", "16", "--bits", "3", "--group-size", "32", *TUNE]
+    more = ["--calibration-length", "16", "--bits", "3", "--group-size", "32", "--json"]
+    more += ["--effort", "fast", "--finetune", "block,e2e", "--finetune-samples", "8"]
     report = run(
         torchrun(2, "-m", "elutq", *options(source, tmp_path / "out", text, *more)), tmp_path / "out"
     )
