@@ -154,6 +154,7 @@ def test_every_family_is_finetuned(
     check_engine(report, tmp_path / "out", source, texts[0], 8)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_neither_the_place_of_activations_nor_their_recomputation_matters(
     tmp_path: Path, two_blocks: Path, texts: tuple[Path, list[int]], monkeypatch: pytest.MonkeyPatch
