@@ -303,7 +303,7 @@ def _share(data: Calibration, samples: int, tuned: FinetuneOptions) -> tuple[Cal
     if len(text.train) < tuned.batch or not len(text.held_out):
         raise InvalidArgumentError(
             f"the text has room for {len(text.train)} windows to finetune on and {len(text.held_out)} to "
-            "judge by; give a longer text, or a smaller calibration length"
+            "judge by; give a longer text, fewer finetune_samples, or a smaller calibration_length"
         )
     token_ids = data.token_ids[:samples]
     record = {

@@ -286,7 +286,8 @@ class Job:
         """Make sure that a folder of stages is this call's, and that OUT can be made."""
         check_replaceable(out, self.overwrite)
         name = work / _FINGERPRINT
-        if name.exists() and name.read_text() != self.fingerprint:
+        # Without a name they are what is left of others.
+        if work.exists() and not (name.exists() and name.read_text() == self.fingerprint):
             if not self.overwrite:
                 raise ResumeMismatchError(
                     f"{work} holds stages of another source or of other settings; delete it, or say overwrite"

@@ -143,6 +143,64 @@ def test_four_processes_share_experts(tmp_path: Path, make_folder: Callable[...,
     check_alike(one, several, report)
 
 
+FINETUNE = """
+import sys
+from elutq.finetune.options import FinetuneOptions, TuneOptions
+from elutq.quantize import quantize
+
+tune = TuneOptions(epochs=3, latent_rate=0.05, warmup=1, checks=2)
+quantize(
+    sys.argv[1], sys.argv[2], calibration=[sys.argv[3]], calibration_samples=8, calibration_length=64,
+    threads=1, finetune=FinetuneOptions(samples=8, block=tune, e2e=tune),
+)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_finetune_what_one_does(tmp_path: Path, two_blocks: Path, text: Path) -> None:
+    script, several, one = tmp_path / "finetune.py", tmp_path / "several", tmp_path / "one"
+    script.write_text(FINETUNE)
+    for out, command in ((one, [sys.executable, str(script)]), (several, torchrun(2, str(script)))):
+        subprocess.run([*command, str(two_blocks), str(out), str(text)], check=True, capture_output=True)
+    single, report = (json.loads((out / "quantization_report.json").read_text()) for out in (one, several))
+    check_alike(one, several, report)
+    for tuned, expected in zip(report["stages"][1:], single["stages"][1:], strict=True):
+        assert tuned["name"] == expected["name"]
+        for a, b in zip(tuned.get("blocks", [tuned]), expected.get("blocks", [expected]), strict=True):
+            assert a["steps"] == b["steps"]
+            assert a["before"] == pytest.approx(b["before"], rel=0.02)
+            assert a["after"] == pytest.approx(b["after"], rel=0.02)
+            assert a["after"] < a["before"]
+
+
+@pytest.mark.slow
+def test_two_processes_finetune_experts_that_not_both_reach(
+    tmp_path: Path, make_folder: Callable[..., Path], text: Path
+) -> None:
+    source = make_folder(
+        tmp_path / "m",
+        model_type="qwen3_moe",
+        vocab_size=json.loads((bundled_model() / "config.json").read_text())["vocab_size"],
+        max_position_embeddings=64,
+        num_experts=12,
+        num_experts_per_tok=1,
+        moe_intermediate_size=32,
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).write_bytes((bundled_model() / name).read_bytes())
+    more = ["--calibration-length", "16", "--bits", "3", "--group-size", "32", "--json"]
+    more += ["--effort", "fast", "--finetune", "block,e2e", "--finetune-samples", "8"]
+    report = run(
+        torchrun(2, "-m", "elutq", *options(source, tmp_path / "out", text, *more)), tmp_path / "out"
+    )
+    for stage in report["stages"][1:]:
+        for tuned in stage.get("blocks", [stage]):
+            assert 0 < tuned["after"] <= tuned["before"] < 1
+            assert tuned["steps"] == (4 if stage["name"] == "block" else 2)
+    with load(tmp_path / "out") as model:
+        assert model.generate("Once", max_new_tokens=4) is not None
+
+
 @pytest.mark.slow
 def test_a_dying_process_ends_the_job_which_goes_on_later(
     tmp_path: Path, two_blocks: Path, text: Path, by_two: tuple[Path, dict[str, Any]]
