@@ -21,7 +21,7 @@ from elutq.models import bundled_model
 from elutq.quantize import HELD_OUT, JUDGES, quantize
 from elutq.runtime import load
 
-pytest.importorskip("torch", reason="needs pip install '.[quantize]'")
+torch = pytest.importorskip("torch", reason="needs pip install '.[quantize]'")
 pytest.importorskip("transformers")
 SolverOptions = pytest.importorskip("elutq.gptq").SolverOptions
 
@@ -411,3 +411,26 @@ def test_nonsense_gets_one_line(options: list[str], complaint: str, tmp_path: Pa
     assert line.startswith("error: ")
     assert complaint in line
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("undrawn")
+def test_a_gpu_finetunes_as_a_cpu_does(
+    tmp_path: Path, two_blocks: Path, texts: tuple[Path, list[int]]
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    kl = {}
+    for device in ("cpu", "cuda"):
+        report = quantize(
+            two_blocks,
+            tmp_path / device,
+            bits=2,
+            finetune=FEW,
+            calibration=[str(texts[0])],
+            device=device,
+            **SMALL,
+        )
+        assert report.nll is not None
+        kl[device] = report.nll["kl"]
+    assert kl["cuda"] == pytest.approx(kl["cpu"], rel=0.2)
