@@ -199,3 +199,10 @@ def new_page(browser: Any) -> Iterator[Callable[[str], Any]]:
 def page(new_page: Callable[[str], Any], server: ScriptedServer) -> Any:
     """A page for the scripted server."""
     return new_page(server.url)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports are not drawn, which takes longer than everything else."""
+    monkeypatch.setattr("elutq.report_page.report_page", lambda report, histograms: "")
+    monkeypatch.setattr("elutq.report_page.report_figure", lambda report, histograms: b"")

@@ -80,6 +80,7 @@ def test_calibration_pays_and_the_engine_agrees(tmp_path: Path, texts: tuple[Pat
     assert by_engine.kl == pytest.approx(report.nll["kl"], abs=0.002)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "mistral", "qwen3_moe", "mixtral"])
 def test_every_family_is_calibrated(
     model_type: str, tmp_path: Path, make_folder: Callable[..., Path], texts: tuple[Path, list[int]]
@@ -123,6 +124,7 @@ def test_every_family_is_calibrated(
         assert model.generate("Once", max_new_tokens=4) is not None
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_embedding_and_head_may_be_quantized_too(
     tmp_path: Path, two_blocks: Path, texts: tuple[Path, list[int]]
 ) -> None:
@@ -142,6 +144,7 @@ def test_embedding_and_head_may_be_quantized_too(
     assert by_engine.nll == pytest.approx(report.nll["quantized"], abs=0.002)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_activations_may_lie_on_disk(tmp_path: Path, two_blocks: Path, texts: tuple[Path, list[int]]) -> None:
     for name, offload in (("memory", False), ("disk", True)):
         quantize(
@@ -157,6 +160,7 @@ def test_activations_may_lie_on_disk(tmp_path: Path, two_blocks: Path, texts: tu
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "memory"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_rotation_gives_a_model_of_its_own(
     tmp_path: Path, two_blocks: Path, texts: tuple[Path, list[int]]
 ) -> None:
@@ -224,6 +228,7 @@ def test_killed_and_resumed_it_writes_the_same_bytes(
     assert weights(tmp_path / "out") == undisturbed
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_other_settings_are_not_resumed(
     tmp_path: Path, two_blocks: Path, texts: tuple[Path, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +251,7 @@ def test_other_settings_are_not_resumed(
     quantize(two_blocks, tmp_path / "out", **options)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_token_repeated_is_survived(tmp_path: Path, two_blocks: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a" * 40_000)
@@ -257,6 +263,7 @@ def test_one_token_repeated_is_survived(tmp_path: Path, two_blocks: Path) -> Non
     assert report.nll is not None
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_dead_inputs_fall_back_to_the_data_free_solver(
     tmp_path: Path, make_folder: Callable[..., Path], texts: tuple[Path, list[int]]
 ) -> None:

@@ -40,13 +40,6 @@ FEW = FinetuneOptions(
 VOLATILE = {"quantization_report.json", "quantization_report.html", "quantization_report.png"}
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports are not drawn, which takes longer than everything else."""
-    monkeypatch.setattr("elutq.report_page.report_page", lambda report, histograms: "")
-    monkeypatch.setattr("elutq.report_page.report_figure", lambda report, histograms: b"")
-
-
 def weights(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in VOLATILE}
 
