@@ -243,8 +243,8 @@ def undisturbed(
         ("model.layers.1", 1, ["fingerprint", "hlq-gptq.partial"], 9),
         ("_train", 2, ["block.partial", "fingerprint", "hlq-gptq"], 9),
         ("_train", 5, ["block.partial", "fingerprint", "hlq-gptq"], 6),
-        ("_train", 8, ["block", "e2e.state", "fingerprint", "hlq-gptq"], 2),
-        ("_copy_rest", 2, ["block", "e2e.state", "fingerprint", "hlq-gptq"], 0),
+        ("_train", 8, ["block", "fingerprint", "hlq-gptq"], 2),
+        ("_copy_rest", 2, ["block", "fingerprint", "hlq-gptq"], 0),
     ],
 )
 def test_killed_and_resumed_it_writes_the_same_bytes(
@@ -265,7 +265,8 @@ def test_killed_and_resumed_it_writes_the_same_bytes(
     command = [sys.executable, "-c", script, str(two_blocks), str(out), str(texts[0]), event, str(number)]
     killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert sorted(path.name for path in (tmp_path / "out.stages").iterdir()) == left
+    stages = sorted(path.name for path in (tmp_path / "out.stages").iterdir())
+    assert [name for name in stages if not name.startswith("e2e.")] == left
     assert not out.exists()
 
     done, train = 0, Tuning._train
