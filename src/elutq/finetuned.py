@@ -143,6 +143,7 @@ class FinetuneJob:
             held_out = tuner.evaluate()
             record = {"outcome": asdict(outcome), "held_out": held_out and asdict(held_out)}
             self._world.on_main(lambda: self._store("model", tuned, record))
+            tuner.forget(state)
         return outcome, held_out
 
     def _block(self, tuner: BlockTuner, index: int) -> TunedOutcome:

@@ -241,7 +241,6 @@ def undisturbed(
     ("event", "number", "left", "steps"),
     [
         ("model.layers.1", 1, ["fingerprint", "hlq-gptq.partial"], 9),
-        ("_train", 2, ["block.partial", "fingerprint", "hlq-gptq"], 9),
         ("_train", 5, ["block.partial", "fingerprint", "hlq-gptq"], 6),
         ("_train", 8, ["block", "fingerprint", "hlq-gptq"], 2),
         ("_copy_rest", 2, ["block", "fingerprint", "hlq-gptq"], 0),

@@ -169,7 +169,7 @@ class EndToEndTuner:
         world = self._world
         parts = [*self._modules, *self._norm.values()]
         tuning = Tuning(parts, self._count, self._options, self._seed, world)
-        state = state.with_name(f"{state.name}.{world.rank}-of-{world.size}.state")
+        state = self._file(state)
         saved = torch.load(state, "cpu") if state.exists() else None
         steps = set(world.gather_objects(saved and saved["step"]))
         if len(steps) == 1 and saved is not None:  # a kill may have come while some had saved
@@ -187,8 +187,14 @@ class EndToEndTuner:
                 last = time.monotonic()
 
         tuning.run(self._loss, self._held_out_loss, after_step)
-        state.unlink(missing_ok=True)
         return self._result(), EndToEndOutcome(tuning.start or 0.0, tuning.best, tuning.step)
+
+    def forget(self, state: Path) -> None:
+        """Delete what `tune` saved; its result is stored elsewhere."""
+        self._file(state).unlink(missing_ok=True)
+
+    def _file(self, state: Path) -> Path:
+        return state.with_name(f"{state.name}.{self._world.rank}-of-{self._world.size}.state")
 
     @torch.no_grad()
     def evaluate(self) -> HeldOut | None:
