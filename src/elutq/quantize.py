@@ -230,6 +230,7 @@ def quantize(
                     "target": asked.target and asdict(asked.target),
                     "finetune": tuned and tuned.record,
                 },
+                text=None if data is None else data.record,
                 sensitivity=allocation.record if allocation else None,
                 warnings=list(data.warnings if data else ()),
                 fingerprint=_fingerprint(checkpoint, scheme, method, weigh, data, solver, tuned),

@@ -122,6 +122,7 @@ class Job:
         calibration: what it is calibrated on; None for a method without data.
         solver: of its calibrated part.
         settings: what the report says of the options.
+        text: likewise, of the text that was calibrated on, or measured on to choose bits.
         sensitivity: likewise, of the bits that were chosen.
         warnings: likewise.
         fingerprint: names the source's content and every setting that the result depends on.
@@ -144,6 +145,7 @@ class Job:
     calibration: Calibration | None
     solver: "SolverOptions | None"
     settings: dict[str, Any]
+    text: dict[str, Any] | None
     sensitivity: dict[str, Any] | None
     warnings: list[str]
     fingerprint: str
@@ -213,7 +215,7 @@ class Job:
                     seconds=seconds,
                     weights_per_second=job.quantized / seconds,
                     summary=summarize(parts, self.found, errors),
-                    calibration=None if self.calibration is None else self.calibration.record,
+                    calibration=self.text,
                     outputs={} if blocks is None else {k: asdict(v) for k, v in blocks.outcomes().items()},
                     blocks=[] if blocks is None else [asdict(block) for block in blocks.blocks],
                     nll=scores,
