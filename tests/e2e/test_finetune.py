@@ -102,7 +102,7 @@ def test_both_stages_pay_and_the_engine_agrees(
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("changes", [{"param_bits": 8}, {"embedding_bits": 4}, {"rotate": True}])
+@pytest.mark.parametrize("changes", [{"param_bits": 8, "embedding_bits": 4}, {"rotate": True}])
 def test_every_form_of_a_model_is_finetuned(
     changes: dict[str, Any], tmp_path: Path, two_blocks: Path, texts: tuple[Path, list[int]]
 ) -> None:
