@@ -18,7 +18,6 @@ from elutq.architectures import EMBEDDING, HEAD, EngineConfig, block_linears
 from elutq.blocks import BlockReader, WeightSource
 from elutq.calibrated import embedder, torch_threads
 from elutq.checkpoint import Checkpoint, CheckpointWriter, Part
-from elutq.errors import InvalidArgumentError
 from elutq.finetune.block import BlockTuner, TunedOutcome
 from elutq.finetune.end_to_end import EndToEndOutcome, EndToEndTuner
 from elutq.finetune.options import FinetuneOptions, TuneOptions, TuningText
@@ -104,13 +103,8 @@ class FinetuneJob:
             options: of the objective, sharding and saving.
 
         Raises:
-            InvalidArgumentError: a mixture of experts is to be sharded.
             TensorValueError: it diverged.
         """
-        if options.shard and any(self._engine.sparse_layers):
-            raise InvalidArgumentError(
-                "mixtures of experts cannot be sharded: not every process uses each expert"
-            )
         stored: dict[str, Any] | None = self._world.from_main(lambda: self._own.done.get("model"))
         if stored is None:
             outcome, held_out = self._tune_model(state, options)

@@ -32,7 +32,7 @@ from elutq.checkpoint import (
     write_atomically,
 )
 from elutq.data_free import DataFreeJob, Progress
-from elutq.errors import ResumeMismatchError, TokenizerError
+from elutq.errors import InvalidArgumentError, ResumeMismatchError, TokenizerError
 from elutq.finetune.options import FinetuneOptions, TuningText
 from elutq.model_card import CARD_FILE, model_card
 from elutq.report import ModelSummary, SquaredError, summarize
@@ -233,7 +233,7 @@ class Job:
         """All stages."""
         started = time.monotonic()
         work = out.with_name(f"{out.name}.stages")
-        self.world.on_main(lambda: self._prepare(work, out))
+        self.world.on_main(lambda: self._prepare(work, out, options))
         folders = [work / self.method, *(work / stage for stage in options.stages[:-1]), out]
         missing = [
             (stage, base, target)
@@ -284,8 +284,18 @@ class Job:
     def _exists(self, folder: Path) -> bool:
         return self.world.from_main(folder.exists)
 
-    def _prepare(self, work: Path, out: Path) -> None:
-        """Make sure that a folder of stages is this call's, and that OUT can be made."""
+    def _prepare(self, work: Path, out: Path, options: FinetuneOptions) -> None:
+        """Make sure that a folder of stages is this call's, and that OUT can be made: long work follows."""
+        if options.shard and any(self.checkpoint.engine.sparse_layers):
+            raise InvalidArgumentError(
+                "mixtures of experts cannot be sharded: not every process uses each expert"
+            )
+        for stage in options.stages:
+            if self.world.size > options.tuning(stage).batch:
+                raise InvalidArgumentError(
+                    f"{self.world.size} processes cannot share batches of {options.tuning(stage).batch} "
+                    "windows; take larger batches"
+                )
         check_replaceable(out, self.overwrite)
         name = work / _FINGERPRINT
         # Without a name they are what is left of others.

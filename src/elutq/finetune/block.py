@@ -75,7 +75,7 @@ class Streams:
     ) -> None:
         self.own = own
         self.full, self.tuned, self.targets = (Activations(offload) for _ in range(3))
-        self._per_piece = max(1, _FORWARD_TOKENS // windows.shape[1])
+        self._length = windows.shape[1]
         ids = torch.from_numpy(windows)
         for piece in self.pieces():
             put(self.full, piece, reader.embed(ids[piece]))
@@ -83,7 +83,13 @@ class Streams:
 
     def pieces(self) -> Iterator[list[int]]:
         """The windows, some at a time."""
-        return (list(self.own[i : i + self._per_piece]) for i in range(0, len(self.own), self._per_piece))
+        return pieces(self.own, self._length)
+
+
+def pieces(windows: Sequence[int], length: int) -> Iterator[list[int]]:
+    """As many windows of such a length at a time as may go through a block together."""
+    step = max(1, _FORWARD_TOKENS // length)
+    return (list(windows[i : i + step]) for i in range(0, len(windows), step))
 
 
 def put(stream: Activations, windows: Sequence[int], values: Tensor) -> None:

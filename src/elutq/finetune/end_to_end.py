@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from elutq.architectures import FINAL_NORM, EngineConfig
 from elutq.blocks import BlockReader, DecoderBlock
-from elutq.finetune.block import get, own_windows, put
+from elutq.finetune.block import get, own_windows, pieces, put
 from elutq.finetune.objective import Heads, add, mean
 from elutq.finetune.options import TuneOptions
 from elutq.finetune.quantized_block import (
@@ -132,8 +132,8 @@ class EndToEndTuner:
         self._inputs, self._full = Activations(offload), Activations(offload)
         with torch.no_grad():
             self._run_full(reader, own)
-            for window in own:
-                put(self._inputs, [window], (embed_tuned or reader.embed)(self._ids[[window]]))
+            for piece in pieces(own, self._length):
+                put(self._inputs, piece, (embed_tuned or reader.embed)(self._ids[piece]))
         head = reader.head()
         self._heads = Heads(head, head if head_tuned is None else torch.from_numpy(head_tuned).to(head))
         self._blocks, self._modules = [], []
@@ -207,8 +207,8 @@ class EndToEndTuner:
         return mean(sums, self._world)
 
     def _run_full(self, reader: BlockReader, own: list[int]) -> None:
-        for window in own:
-            put(self._full, [window], reader.embed(self._ids[[window]]))
+        for piece in pieces(own, self._length):
+            put(self._full, piece, reader.embed(self._ids[piece]))
         for index in range(reader.engine.num_hidden_layers):
             block = reader.block(index)
             for window in own:
