@@ -88,6 +88,10 @@ class World:
         import torch
         import torch.distributed as dist
 
+        # Its functions' defaults are the group that there is when they are imported. Imported later, they
+        # would keep ours, and with it gloo's threads, which can crash when they outlive the interpreter.
+        import torch.distributed.nn.functional
+
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
