@@ -221,8 +221,10 @@ class BlockReader:
         Args:
             token_ids: int64 [windows, length].
         """
-        rows = self._source.read_float32(f"{EMBEDDING}.weight")
-        return self._tensor(rows[token_ids.numpy()])
+        distinct, places = np.unique(token_ids.numpy(), return_inverse=True)
+        read = self._source.read_float32
+        rows = [read(f"{EMBEDDING}.weight", slice(token, token + 1)) for token in distinct.tolist()]
+        return self._tensor(np.concatenate(rows)[places.reshape(token_ids.shape)])
 
     def positions(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the rotary embedding, for `DecoderBlock.attend`."""

@@ -297,7 +297,7 @@ def embedder(embedding: HlqMatrix, device: torch.device) -> Callable[[Tensor], T
             for name, array in embedding.arrays.items()
         }
         some = replace(embedding, **arrays)
-        return torch.from_numpy(hlq.dequantize(some)[place]).to(device)
+        return torch.from_numpy(hlq.dequantize(some)[place.reshape(token_ids.shape)]).to(device)
 
     return embed
 

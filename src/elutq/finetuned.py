@@ -22,6 +22,7 @@ from elutq.finetune.block import BlockTuner, TunedOutcome
 from elutq.finetune.end_to_end import EndToEndOutcome, EndToEndTuner
 from elutq.finetune.options import FinetuneOptions, TuneOptions, TuningText
 from elutq.finetune.quantized_block import Tuned
+from elutq.finetune.task import TuningTask
 from elutq.layerwise import HeldOut
 from elutq.packing import HlqMatrix
 from elutq.report import SquaredError
@@ -73,19 +74,7 @@ class FinetuneJob:
     def blocks(self) -> tuple[list[TunedOutcome], HeldOut | None]:
         """Block reconstruction: how each block went, and how both models do in the end."""
         with torch_threads(self._threads):
-            tuner = BlockTuner(
-                BlockReader(self._source, self._world.device),
-                self._model,
-                self._quantized,
-                self._text.train,
-                self._text.held_out,
-                self._text.report,
-                self._options,
-                seed=self._seed,
-                world=self._world,
-                offload=self._offload,
-                embed_tuned=self._embedding(),
-            )
+            tuner = BlockTuner(self._task())
             outcomes = []
             count = self._engine.num_hidden_layers
             for index in range(count):
@@ -117,19 +106,9 @@ class FinetuneJob:
     def _tune_model(self, state: Path, options: FinetuneOptions) -> tuple[EndToEndOutcome, HeldOut | None]:
         with torch_threads(self._threads):
             tuner = EndToEndTuner(
-                BlockReader(self._source, self._world.device),
-                self._model,
-                self._quantized,
-                self._text.train,
-                self._text.held_out,
-                self._text.report,
-                self._options,
+                self._task(),
                 objective=options.objective,
                 shard=options.shard and self._world.size > 1,
-                seed=self._seed,
-                world=self._world,
-                offload=self._offload,
-                embed_tuned=self._embedding(),
                 head_tuned=self._head(),
                 progress=lambda share: self._progress(share, "end to end"),
             )
@@ -153,6 +132,19 @@ class FinetuneJob:
             )
         tuner.advance(index, tuned)
         return outcome
+
+    def _task(self) -> TuningTask:
+        return TuningTask(
+            BlockReader(self._source, self._world.device),
+            self._model,
+            self._quantized,
+            self._text,
+            self._options,
+            self._seed,
+            self._world,
+            self._offload,
+            self._embedding(),
+        )
 
     def _embedding(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         if EMBEDDING not in self._outer:

@@ -17,7 +17,7 @@ from elutq.packing import HlqMatrix, unpack_codes
 from elutq.world import World
 
 torch = pytest.importorskip("torch", reason="needs pip install '.[quantize]'")
-block = pytest.importorskip("elutq.finetune.block")
+own_windows = pytest.importorskip("elutq.finetune.task").own_windows
 objective = pytest.importorskip("elutq.finetune.objective")
 QuantizedLinear = pytest.importorskip("elutq.finetune.quantized_linear").QuantizedLinear
 Tuning = pytest.importorskip("elutq.finetune.tuning").Tuning
@@ -327,7 +327,7 @@ class TestTuning:
         for rank in range(size):
             world = World("cpu", rank=rank, size=size)
             tuning = Tuning([linear(random_matrix(2, 32))], 12, OPTIONS, 7, world)
-            own = set(block.own_windows(12, OPTIONS, world))
+            own = set(own_windows(12, OPTIONS, world))
             assert own
             batches = []
             for tuning.step in range(tuning.steps):  # noqa: B020
@@ -340,9 +340,9 @@ class TestTuning:
 
     def test_too_many_processes_or_too_few_windows_are_refused(self) -> None:
         with pytest.raises(InvalidArgumentError, match="4 processes"):
-            block.own_windows(12, OPTIONS, World("cpu", size=4))
+            own_windows(12, OPTIONS, World("cpu", size=4))
         with pytest.raises(InvalidArgumentError, match="2 windows"):
-            block.own_windows(2, OPTIONS, World("cpu"))
+            own_windows(2, OPTIONS, World("cpu"))
 
     def test_what_a_step_does_not_reach_counts_as_no_gradient(self) -> None:
         # An expert without tokens in one process: the others add up a gradient of it all the same.

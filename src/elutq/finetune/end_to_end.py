@@ -12,7 +12,7 @@ and gives them exactly.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,20 +25,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from elutq.architectures import FINAL_NORM, EngineConfig
-from elutq.blocks import BlockReader, DecoderBlock
-from elutq.finetune.block import get, own_windows, pieces, put
+from elutq.blocks import DecoderBlock
 from elutq.finetune.objective import Heads, add, mean
 from elutq.finetune.options import TuneOptions
-from elutq.finetune.quantized_block import (
-    QuantizedModel,
-    Tuned,
-    autocast,
-    make_trainable,
-    result,
-    set_vectors,
-    to_numpy,
-    vectors,
-)
+from elutq.finetune.quantized_block import Tuned, autocast, result, set_vectors, to_numpy, vectors
+from elutq.finetune.task import TuningTask, Windows, get, put
 from elutq.finetune.tuning import Tuning
 from elutq.layerwise import Activations, HeldOut
 from elutq.world import World
@@ -77,83 +68,44 @@ class EndToEndTuner:
     """A quantized model in torch, to be tuned as a whole.
 
     Args:
-        reader: of the full model.
-        model: the quantized one.
-        quantized: names of the quantized modules in its blocks.
-        windows: int64 [windows, length], token ids to train on.
-        held_out: int64 [held, length], token ids that decide what is best.
-        report: int64 [windows, length], token ids that `evaluate` judges by.
-        options: what to do.
+        task: the models, the text and what to do.
         objective: "kl" or "lm", the likelihood of the text.
         shard: each process holds a share of the model's parameters, and all of a block's while it runs.
-        seed: of the order of the windows.
-        world: the processes that share the windows.
-        offload: folder for activations; None keeps them in memory.
-        embed_tuned: the embedding that the quantized model has, if it is another one.
-        head_tuned: float32 [vocab_size, hidden_size], its head, if that is another one.
+        head_tuned: float32 [vocab_size, hidden_size], the quantized model's head, if it is another one.
         progress: called with the share of the steps that is done.
     """
 
     def __init__(
         self,
-        reader: BlockReader,
-        model: QuantizedModel,
-        quantized: Collection[str],
-        windows: NDArray[np.int64],
-        held_out: NDArray[np.int64],
-        report: NDArray[np.int64],
-        options: TuneOptions,
+        task: TuningTask,
         *,
         objective: str = "kl",
         shard: bool = False,
-        seed: int,
-        world: World,
-        offload: Path | None = None,
-        embed_tuned: Callable[[Tensor], Tensor] | None = None,
         head_tuned: NDArray[np.float32] | None = None,
         progress: Callable[[float], None] = lambda share: None,
     ) -> None:
-        self._progress = progress
-        self._options, self._objective, self._seed, self._world = options, objective, seed, world
-        self._device = world.device
-        count, self._length = windows.shape
-        self._count = count
-        self._training = set(own_windows(count, options, world))
-        self._held_out = [count + i for i in world.share(len(held_out))]
-        self._held_count = len(held_out)
-        self._shard, self._report_count = shard, len(report)
-        self._report = [count + len(held_out) + i for i in world.share(len(report))]
-        self._ids = torch.from_numpy(np.concatenate([windows, held_out, report]))
-        own = [*sorted(self._training), *self._held_out, *self._report]
-
-        engine = reader.engine
-        self._positions = reader.positions(self._length)
-        self._masks = [reader.mask(index, self._length) for index in range(engine.num_hidden_layers)]
-        self._inputs, self._full = Activations(offload), Activations(offload)
+        self._task, self._world, self._device = task, task.world, task.world.device
+        self._objective, self._shard, self._progress = objective, shard, progress
+        self._windows = Windows(task.text, task.options, task.world)
+        reader, engine, length = task.reader, task.reader.engine, self._windows.length
+        self._positions = reader.positions(length)
+        self._masks = [reader.mask(index, length) for index in range(engine.num_hidden_layers)]
+        self._inputs, self._full = Activations(task.offload), Activations(task.offload)
         with torch.no_grad():
-            self._run_full(reader, own)
-            for piece in pieces(own, self._length):
-                put(self._inputs, piece, (embed_tuned or reader.embed)(self._ids[piece]))
+            task.embed_both(self._windows, self._full, self._inputs)
+            self._run_full()
         head = reader.head()
         self._heads = Heads(head, head if head_tuned is None else torch.from_numpy(head_tuned).to(head))
         self._blocks, self._modules = [], []
         for index in range(engine.num_hidden_layers):  # one at a time in float32, and whole
-            block = reader.block(index)
-            make_trainable(
-                block,
-                model,
-                quantized,
-                self._device,
-                train_codes=options.latent_rate > 0,
-                uniform=options.uniform,
-            )
+            block = task.trainable(index)
             self._blocks.append(block)
             self._modules.append(_BlockModule(block))
             if shard:
                 fully_shard(self._modules[-1])
         self._norm = {FINAL_NORM.removesuffix(".weight"): reader.final_norm()}
-        set_vectors(self._norm, {FINAL_NORM: model.read_float32(FINAL_NORM)})
-        self._recompute = recomputes(engine, self._length, options, world)
+        set_vectors(self._norm, {FINAL_NORM: task.model.read_float32(FINAL_NORM)})
+        self._recompute = recomputes(engine, length, task.options, task.world)
 
     def tune(self, state: Path, save_seconds: float) -> tuple[Tuned, EndToEndOutcome]:
         """Tune the model.
@@ -166,9 +118,9 @@ class EndToEndTuner:
         Raises:
             TensorValueError: it diverged.
         """
-        world = self._world
+        task, world = self._task, self._world
         parts = [*self._modules, *self._norm.values()]
-        tuning = Tuning(parts, self._count, self._options, self._seed, world)
+        tuning = Tuning(parts, self._windows.train_count, task.options, task.seed, world)
         state = self._file(state)
         saved = torch.load(state, "cpu") if state.exists() else None
         steps = set(world.gather_objects(saved and saved["step"]))
@@ -200,15 +152,14 @@ class EndToEndTuner:
     def evaluate(self) -> HeldOut | None:
         """Both models on the windows of the report; None when there are none."""
         sums = HeldOut(0.0, 0.0, 0.0, 0)
-        for window, counts in self._in_turn(self._report, self._report_count):
+        for window, counts in self._in_turn(self._windows.report, self._windows.report_count):
             full, tuned = get(self._full, [window], self._device)[0], self._hidden([window])[0]
             if counts:
-                sums = add(sums, self._heads.compare(full, tuned, self._ids[window]))
+                sums = add(sums, self._heads.compare(full, tuned, self._windows.ids[window]))
         return mean(sums, self._world)
 
-    def _run_full(self, reader: BlockReader, own: list[int]) -> None:
-        for piece in pieces(own, self._length):
-            put(self._full, piece, reader.embed(self._ids[piece]))
+    def _run_full(self) -> None:
+        reader, own = self._task.reader, self._windows.own
         for index in range(reader.engine.num_hidden_layers):
             block = reader.block(index)
             for window in own:
@@ -232,21 +183,21 @@ class EndToEndTuner:
 
     def _loss(self, batch: list[int]) -> Tensor:
         """Mean loss per token of each window, summed over this process's windows."""
-        return self._loss_of([window for window in batch if window in self._training])
+        return self._loss_of(self._windows.trained_in(batch))
 
     def _loss_of(self, windows: list[int]) -> Tensor:
-        hidden = self._hidden(windows)
+        hidden, length = self._hidden(windows), self._windows.length
         if self._objective == "lm":
-            next_tokens = self._ids[windows, 1:].flatten().to(self._device)
+            next_tokens = self._windows.ids[windows, 1:].flatten().to(self._device)
             nll = self._heads.nll(hidden[:, :-1].flatten(0, 1), next_tokens)
-            return nll.div(self._length - 1)
+            return nll.div(length - 1)
         full = get(self._full, windows, self._device)
-        return self._heads.kl(full.flatten(0, 1), hidden.flatten(0, 1)).div(self._length)
+        return self._heads.kl(full.flatten(0, 1), hidden.flatten(0, 1)).div(length)
 
     def _held_out_loss(self) -> float:
-        turns = self._in_turn(self._held_out, self._held_count)
+        turns = self._in_turn(self._windows.held_out, self._windows.held_count)
         own = sum(float(self._loss_of([window])) * counts for window, counts in turns)
-        return self._world.totals(own)[0] / self._held_count
+        return self._world.totals(own)[0] / self._windows.held_count
 
     def _in_turn(self, own: list[int], count: int) -> Iterator[tuple[int, bool]]:
         """This process's windows of `count`, and that they count.
@@ -255,7 +206,7 @@ class EndToEndTuner:
         does not count.
         """
         turns = -(-count // self._world.size) if self._shard else len(own)
-        spare = min(self._training)
+        spare = self._windows.training[0]
         for turn in range(turns):
             yield (own[turn], True) if turn < len(own) else (spare, False)
 

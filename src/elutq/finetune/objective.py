@@ -1,5 +1,6 @@
 """What a model says of the next token, compared with the full model: for training, and to report."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +31,13 @@ class Heads:
             full: what the full model's head reads, [tokens, hidden_size].
             tuned: what the tuned model's head reads, the same shape.
         """
-        loss: Tensor = _Divergence.apply(tuned, full, self._tuned, self._full)  # type: ignore[no-untyped-call]
-        return loss
+
+        def compare(log_q: Tensor, some: slice) -> tuple[Tensor, Tensor]:
+            log_p = torch.log_softmax((full[some].to(self._full) @ self._full.T).float(), -1)
+            p = log_p.exp()
+            return (p * (log_p - log_q)).sum(dtype=torch.float64), log_q.exp() - p
+
+        return _loss(tuned, self._tuned, compare)
 
     def nll(self, tuned: Tensor, next_tokens: Tensor) -> Tensor:
         """Negative log-likelihood of tokens, summed, in nats; differentiable in `tuned`.
@@ -68,49 +74,38 @@ def mean(sums: HeldOut, world: World) -> HeldOut | None:
     return HeldOut(full / tokens, tuned / tokens, kl / tokens, int(tokens)) if tokens else None
 
 
-class _Divergence(torch.autograd.Function):
-    """Finds the gradient, (q - p) head, along with the value, a few tokens at a time: logits are not kept."""
-
-    @staticmethod
-    def forward(ctx: Any, tuned: Tensor, full: Tensor, head_tuned: Tensor, head_full: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=tuned.device)
-        gradients = []
-        step = max(1, _LOGITS // len(head_full))
-        for first in range(0, len(tuned), step):
-            some_tuned, some_full = tuned[first : first + step], full[first : first + step]
-            log_p = torch.log_softmax((some_full.to(head_full) @ head_full.T).float(), -1)
-            log_q = torch.log_softmax((some_tuned.to(head_tuned) @ head_tuned.T).float(), -1)
-            p = log_p.exp()
-            total += (p * (log_p - log_q)).sum(dtype=torch.float64)
-            gradients.append(((log_q.exp() - p).to(head_tuned) @ head_tuned).to(tuned))
-        ctx.save_for_backward(torch.cat(gradients))
-        return total.float()
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.saved_tensors[0] * outer[0], None, None, None
-
-
 def _nll(hidden: Tensor, next_tokens: Tensor, head: Tensor) -> Tensor:
-    loss: Tensor = _Likelihood.apply(hidden, next_tokens, head)  # type: ignore[no-untyped-call]
+    def compare(log_q: Tensor, some: slice) -> tuple[Tensor, Tensor]:
+        gradient, tokens = log_q.exp(), next_tokens[some, None]
+        gradient.scatter_add_(1, tokens, -torch.ones_like(tokens, dtype=gradient.dtype))
+        return -log_q.gather(1, tokens).sum(dtype=torch.float64), gradient
+
+    return _loss(hidden, head, compare)
+
+
+#: (log q [tokens, vocab_size], which tokens) -> (their loss, its gradient with respect to their logits)
+_Compare = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+
+
+def _loss(hidden: Tensor, head: Tensor, compare: _Compare) -> Tensor:
+    loss: Tensor = _Loss.apply(hidden, head, compare)  # type: ignore[no-untyped-call]
     return loss
 
 
-class _Likelihood(torch.autograd.Function):
-    """The same for the likelihood of single tokens."""
+class _Loss(torch.autograd.Function):
+    """Finds the gradient along with the value, a few tokens at a time: logits are not kept."""
 
     @staticmethod
-    def forward(ctx: Any, tuned: Tensor, next_tokens: Tensor, head: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=tuned.device)
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, compare: _Compare) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         gradients = []
         step = max(1, _LOGITS // len(head))
-        for first in range(0, len(tuned), step):
-            some, tokens = tuned[first : first + step], next_tokens[first : first + step]
-            log_q = torch.log_softmax((some.to(head) @ head.T).float(), -1)
-            total -= log_q.gather(1, tokens[:, None]).sum(dtype=torch.float64)
-            q = log_q.exp()
-            q[torch.arange(len(tokens), device=q.device), tokens] -= 1
-            gradients.append((q.to(head) @ head).to(tuned))
+        for first in range(0, len(hidden), step):
+            some = slice(first, first + step)
+            log_q = torch.log_softmax((hidden[some].to(head) @ head.T).float(), -1)
+            loss, gradient = compare(log_q, some)
+            total += loss
+            gradients.append((gradient.to(head) @ head).to(hidden))
         ctx.save_for_backward(torch.cat(gradients))
         return total.float()
 
