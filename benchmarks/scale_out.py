@@ -1,9 +1,11 @@
-"""The block walk of calibrated quantization by one and by several gloo processes, each on a core of its own.
+"""Calibration and finetuning of a block by one and by several gloo processes, each on a core of its own.
 
-    python benchmarks/scale_out.py [--shape tinyllama-1.1b] [--windows 32] [--length 512] [--runs 3]
+    python benchmarks/scale_out.py [--stage calibration|block] [--shape tinyllama-1.1b]
+        [--windows 32] [--length 512] [--runs 3]
 
-One decoder block with random weights, calibrated on random tokens: streams, moments, solves and what the
-processes tell each other, but not what the first does alone (reading, embedding, head, writing). Every
+One decoder block with random weights, and random tokens. `--stage calibration` is the block walk: streams,
+moments, solves and what the processes tell each other, but not what the first does alone (reading, embedding,
+head, writing). `--stage block` is block reconstruction with latent weights, each window seen once. Every
 process has one thread and is pinned to one core. Runs with 1 and with N processes alternate. Prints one JSON
 object.
 """
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from elutq import hlq
 from elutq.architectures import block_linears, engine_config
 from elutq.bench import source_commit
 from elutq.blocks import BlockReader
+from elutq.finetune.block import BlockTuner
+from elutq.finetune.options import TuneOptions, TuningText
+from elutq.finetune.task import TuningTask
 from elutq.gptq import SolverOptions
 from elutq.layerwise import LayerwiseQuantizer, Outcome
 from elutq.packing import HlqMatrix
@@ -48,12 +55,17 @@ class RandomModel:
         self._shapes |= {"model.embed_tokens.weight": outer, "lm_head.weight": outer}
 
     def read_float32(self, name: str, rows: slice = slice(None)) -> NDArray[np.float32]:
-        """Normal numbers that keep outputs as large as inputs; ones for a norm."""
+        """Normal numbers that keep outputs as large as inputs, others for each first row; ones for a norm."""
         if name not in self._shapes:
             return np.ones(self.engine.hidden_size, np.float32)[rows]
-        shape = self._shapes[name]
-        random = np.random.default_rng(zlib.crc32(name.encode()))
-        return random.standard_normal(shape, np.float32)[rows] * np.float32(shape[1] ** -0.5)
+        count, columns = self._shapes[name]
+        first, stop, _ = rows.indices(count)
+        random = np.random.default_rng([zlib.crc32(name.encode()), first])
+        return random.standard_normal((stop - first, columns), np.float32) * np.float32(columns**-0.5)
+
+    def read_hlq(self, module: str) -> HlqMatrix:
+        """The same, quantized without data on a uniform grid."""
+        return hlq.fit(self.read_float32(f"{module}.weight"), 2, 128, method="uniform")
 
     def release(self, name: str) -> None:
         """Nothing is kept."""
@@ -83,32 +95,60 @@ class Memory:
         """Nothing to do."""
 
 
+Modules = list[str]
+Windows = NDArray[np.int64]
+
+
+def calibration(
+    reader: BlockReader, model: RandomModel, modules: Modules, windows: Windows, world: World
+) -> Callable[[], float]:
+    """Ready to walk the block; gives the relative error of its outputs."""
+    walk = LayerwiseQuantizer(
+        reader,
+        windows,
+        windows[:0],
+        {name: QuantScheme(2, 128) for name in modules},
+        Memory(),
+        SolverOptions(),
+        world=world,
+        threads=1,
+    )
+
+    def run() -> float:
+        with torch.inference_mode():
+            return walk.block(0).output_error
+
+    return run
+
+
+def tuning(
+    reader: BlockReader, model: RandomModel, modules: Modules, windows: Windows, world: World
+) -> Callable[[], float]:
+    """Ready to tune the block; gives the relative error of its outputs."""
+    text = TuningText(windows, windows[:2], windows[:0])
+    options = TuneOptions(epochs=1, latent_rate=0.01, checks=1)
+    tuner = BlockTuner(TuningTask(reader, model, modules, text, options, seed=0, world=world))
+    return lambda: tuner.tune(0)[1].after
+
+
 def work(options: argparse.Namespace) -> None:
-    """Of one process: walk one block, and print the seconds, and those of CPU time of the busiest process."""
+    """Of one process: work on one block; print the seconds, and CPU seconds of the busiest process."""
     torch.set_num_threads(1)
-    with World.join("cpu") as world, torch.inference_mode():
+    with World.join("cpu") as world:
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[world.rank]})
         model = RandomModel(options.shape)
         windows = np.random.default_rng(0).integers(
             0, model.engine.vocab_size, (options.windows, options.length)
         )
-        walk = LayerwiseQuantizer(
-            BlockReader(model, world.device),
-            windows,
-            windows[:0],
-            {name: QuantScheme(2, 128) for name, _, _ in block_linears(model.engine)},
-            Memory(),
-            SolverOptions(),
-            world=world,
-            threads=1,
-        )
+        modules = [name for name, _, _ in block_linears(model.engine)]
+        prepare = tuning if options.stage == "block" else calibration
+        step = prepare(BlockReader(model, world.device), model, modules, windows, world)
         world.totals(0)  # all are here
         started, used = time.perf_counter(), time.process_time()
-        outcome = walk.block(0)
+        error = step()
         seconds, used = time.perf_counter() - started, time.process_time() - used
         busiest = max(world.gather_objects(used))
         if world.is_main:
-            error = outcome.output_error
             print(json.dumps({"seconds": seconds, "cpu_seconds": busiest, "output_error": error}))
 
 
@@ -124,6 +164,7 @@ def start(processes: int, arguments: list[str]) -> dict[str, float]:
 def main() -> None:
     """Compare, or do the work of one process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--stage", choices=("calibration", "block"), default="calibration")
     parser.add_argument("--shape", choices=SHAPES, default="tinyllama-1.1b")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
@@ -137,7 +178,7 @@ def main() -> None:
         return
     if len(os.sched_getaffinity(0)) < options.processes:
         parser.error(f"{options.processes} processes need as many cores")
-    settings = {name: getattr(options, name) for name in ("shape", "windows", "length")}
+    settings = {name: getattr(options, name) for name in ("stage", "shape", "windows", "length")}
     arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     runs: dict[int, list[dict[str, float]]] = {1: [], options.processes: []}
     for _ in range(options.runs):
