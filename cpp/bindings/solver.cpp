@@ -11,6 +11,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/hlq_matrix.h"
+#include "solver/choose_columns.h"
 #include "solver/hlq_fit.h"
 #include "solver/squared_error.h"
 
@@ -25,6 +26,10 @@ using Importance = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::devic
 using Planes = nb::ndarray<uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Scales = nb::ndarray<uint16_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Zeros = nb::ndarray<uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using ConstFloats = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using ConstBytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 WeightType weight_type(const std::string& name) {
   if (name == "float32") return WeightType::kFloat32;
@@ -79,6 +84,42 @@ std::pair<double, double> squared_error(const Weights& weights, const std::strin
   return {sums.error, sums.norm};
 }
 
+template <typename Array>
+void check_shape(const Array& array, int64_t rows, int64_t columns, const char* name) {
+  if (static_cast<int64_t>(array.shape(0)) != rows || static_cast<int64_t>(array.shape(1)) != columns) {
+    throw std::invalid_argument(std::string(name) + " must be " + std::to_string(rows) + " by " +
+                                std::to_string(columns));
+  }
+}
+
+void choose_columns(const ConstFloats& levels, const ConstBytes& level_codes, const ConstFloats& matrix,
+                    const ConstFloats& base, const Floats& pull, const Floats& values, const Bytes& codes,
+                    const Floats& errors) {
+  elutq::ColumnSearch search;
+  search.columns = static_cast<int64_t>(base.shape(0));
+  search.rows = static_cast<int64_t>(base.shape(1));
+  while (search.bits < elutq::kColumnSearchMaxBits && int64_t{1} << search.bits < int64_t(levels.shape(0))) {
+    ++search.bits;
+  }
+  check_shape(levels, int64_t{1} << search.bits, search.rows, "levels");
+  check_shape(level_codes, int64_t{1} << search.bits, search.rows, "level_codes");
+  check_shape(matrix, search.columns, search.columns, "matrix");
+  check_shape(pull, search.columns, search.rows, "pull");
+  check_shape(values, search.columns, search.rows, "values");
+  check_shape(codes, search.columns, search.rows, "codes");
+  check_shape(errors, search.columns, search.rows, "errors");
+  search.levels = levels.data();
+  search.level_codes = level_codes.data();
+  search.matrix = matrix.data();
+  search.base = base.data();
+  search.pull = pull.data();
+  search.values = values.data();
+  search.codes = codes.data();
+  search.errors = errors.data();
+  const nb::gil_scoped_release release;
+  elutq::choose_columns(search);
+}
+
 }  // namespace
 
 void bind_solver(nb::module_& m) {
@@ -87,4 +128,9 @@ void bind_solver(nb::module_& m) {
         "Quantizes weights into planes, scales and zeros; returns the largest magnitude, NaN when a weight is NaN.");
   m.def("squared_error", &squared_error, nb::arg("weights"), nb::arg("type"), nb::arg("matrix"), nb::arg("threads"),
         "Returns ||W - W~||^2 and ||W||^2 of weights and their quantized form.");
+  m.def("choose_columns", &choose_columns, nb::arg("levels"), nb::arg("level_codes"), nb::arg("matrix"),
+        nb::arg("base"), nb::arg("pull").noconvert(), nb::arg("values").noconvert(), nb::arg("codes").noconvert(),
+        nb::arg("errors").noconvert(),
+        "Chooses the codes of at most 32 columns, one column after the other: q_j is the level nearest to\n"
+        "b_j + p_j / D_jj, then p += D_j (b_j - q_j).");
 }

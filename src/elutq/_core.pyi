@@ -107,6 +107,18 @@ def fit_hlq(
 ) -> float:
     """Quantize weights into planes, scales and zeros; the largest magnitude, NaN when a weight is NaN."""
 
+def choose_columns(
+    levels: NDArray[np.float32],
+    level_codes: NDArray[np.uint8],
+    matrix: NDArray[np.float32],
+    base: NDArray[np.float32],
+    pull: NDArray[np.float32],
+    values: NDArray[np.float32],
+    codes: NDArray[np.uint8],
+    errors: NDArray[np.float32],
+) -> None:
+    """Choose the codes of at most 32 columns one after the other; see `elutq.group_problem`."""
+
 def squared_error(
     weights: NDArray[np.generic],
     type: str,  # noqa: A002

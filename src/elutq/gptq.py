@@ -217,7 +217,7 @@ def solve(
             parameters = torch.where(solver.row_scales[:, None, None] > 0, units, 0).round()
         scales[some] = parameters[:, :, :-1].cpu().numpy()
         zeros[some] = parameters[:, :, -1].cpu().numpy()
-        error += metric.error(solver.target - solver.values)
+        error += metric.error(solver.residual)
         norm += metric.error(weight[some].T)
     planes = pack_codes(codes, scheme.bits)
     matrix = HlqMatrix(planes, scales, zeros, columns, scheme.group_size, row_scales)
@@ -230,6 +230,7 @@ class _Solver:
     Attributes:
         target: T, [columns, rows].
         values: what the quantized matrix is at present, the same shape.
+        residual: target - values.
         codes: uint8, the same shape.
         parameters: scales and, last, the zero of every group, [groups, bits + 1, rows].
         row_scales: what they are multiples of, [rows], when they are stored in bytes.
@@ -241,6 +242,7 @@ class _Solver:
         self._threads = threads
         self.target = metric.targets(weight)
         self.values = torch.zeros_like(weight)
+        self.residual = self.target.clone()  # target - values
         self.codes = torch.zeros((columns, rows), dtype=torch.uint8, device=weight.device)
         self.parameters = weight.new_zeros((scheme.groups(columns), scheme.bits + 1, rows))
         size = scheme.columns_per_group(columns)
@@ -260,7 +262,7 @@ class _Solver:
         factor = self.metric.factor
         own = factor[group, group]
         before = slice(0, group.start)
-        spill = factor[before, group].T @ (self.target - self.values)[before]
+        spill = factor[before, group].T @ self.residual[before]
         target = self.target[group] + torch.linalg.solve_triangular(own.T, spill, upper=False)
         problem = GroupProblem(target, own @ own.T, self.bits, self.row_scales)
         parameters = self._data_free(target, own.diagonal().square())
@@ -270,7 +272,7 @@ class _Solver:
 
     def _visit_again(self, index: int, group: slice) -> None:
         damped = self.metric.damped
-        pull = damped[group] @ (self.target - self.values)
+        pull = damped[group] @ self.residual
         own = damped[group, group]
         target = self.values[group] + torch.linalg.solve(own, pull)
         problem = GroupProblem(target, own, self.bits, self.row_scales)
@@ -281,6 +283,7 @@ class _Solver:
     def _store(self, index: int, group: slice, problem: GroupProblem) -> None:
         self.codes[group], self.parameters[index] = problem.best_codes, problem.best_parameters
         self.values[group] = problem.best_values
+        self.residual[group] = self.target[group] - problem.best_values
 
     def _choose_row_scales(self) -> Tensor:
         """Units in which what the data-free solver makes of a row's groups fits bytes."""

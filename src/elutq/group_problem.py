@@ -7,9 +7,10 @@ independent of each other.
 import torch
 from torch import Tensor
 
-from elutq import hlq
+from elutq import _core, hlq
 
-#: Columns that update each other one by one; all others learn of them by one matrix product.
+#: Columns that update each other one by one; all others learn of them by one matrix product. `_core` takes no
+#: more at a time.
 _BLOCK = 32
 #: Weight of the present parameters in a refit, relative to the mean of the diagonal: it decides what the
 #: codes leave open, such as the scale of a plane that no weight uses.
@@ -37,7 +38,8 @@ class GroupProblem:
     """
 
     def __init__(self, target: Tensor, metric: Tensor, bits: int, row_scales: Tensor | None = None) -> None:
-        self.target, self.metric, self.bits, self._row_scales = target, metric, bits, row_scales
+        self.target, self.metric = target.contiguous(), metric
+        self.bits, self._row_scales = bits, row_scales
         patterns = torch.arange(2**bits)[:, None] >> torch.arange(bits) & 1
         self._patterns = patterns.to(target)
         self.best_loss: Tensor | None = None
@@ -64,18 +66,8 @@ class GroupProblem:
         self._settle()
 
     def _feed_back(self, factor: Tensor) -> None:
-        spill = torch.zeros_like(self.target)  # V^T r of the columns done
-        diagonal = factor.diagonal().tolist()
-        for block in _blocks(len(spill)):
-            errors = torch.empty_like(spill[block])
-            for j in range(block.start, block.stop):
-                wanted = torch.add(self.target[j], spill[j], alpha=1 / diagonal[j])
-                self.values[j], self.codes[j] = self._nearest(wanted)
-                torch.sub(self.target[j], self.values[j], out=errors[j - block.start])
-                rest = slice(j + 1, block.stop)
-                spill[rest].addr_(factor[j, rest], errors[j - block.start])
-            later = slice(block.stop, len(spill))
-            spill[later].addmm_(factor[block, later].T, errors)
+        """Choose codes one column after the other, V^T r of those done added to the targets."""
+        self._visit(self.target, torch.zeros_like(self.target), factor)
 
     def improve(self, rounds: int, descents: int) -> None:
         """Alternate descents on the codes with refits of the parameters."""
@@ -89,19 +81,48 @@ class GroupProblem:
 
     def _descend(self) -> None:
         """Choose each column's code anew with all others fixed."""
-        curvature = self.metric.diagonal().tolist()
-        for block in _blocks(len(self.values)):
-            changes = torch.empty_like(self.values[block])
-            inner = self.metric[block, block]
-            gradient = self._gradient[block]
-            for i, j in enumerate(range(block.start, block.stop)):
-                wanted = torch.add(self.values[j], gradient[i], alpha=1 / curvature[j])
-                value, self.codes[j] = self._nearest(wanted)
-                torch.sub(value, self.values[j], out=changes[i])
-                self.values[j] = value
-                gradient.addr_(inner[i], changes[i], alpha=-1)
-            for others in (slice(0, block.start), slice(block.stop, len(self.values))):
-                self._gradient[others].addmm_(self.metric[others, block], changes, alpha=-1)
+        self._visit(self.values, self._gradient, self.metric)
+
+    def _visit(self, base: Tensor, pull: Tensor, matrix: Tensor) -> None:
+        """For each column j in turn: q_j = the level nearest to b_j + p_j / D_jj, then p += D_j (b_j - q_j).
+
+        Args:
+            base: b, [columns, rows].
+            pull: p, likewise; changed.
+            matrix: D, [columns, columns].
+        """
+        choose = self._choose_on_cpu if base.device.type == "cpu" else self._choose
+        for first in range(0, len(base), _BLOCK):
+            block = slice(first, min(first + _BLOCK, len(base)))
+            errors = choose(block, base[block], pull[block], matrix[block, block].contiguous())
+            for others in (slice(0, block.start), slice(block.stop, len(base))):
+                pull[others].addmm_(matrix[block, others].T, errors)
+
+    def _choose(self, block: slice, base: Tensor, pull: Tensor, matrix: Tensor) -> Tensor:
+        """`_visit` of a block of columns alone; b - q of them."""
+        errors, diagonal = torch.empty_like(base), matrix.diagonal().tolist()
+        for i, j in enumerate(range(block.start, block.stop)):
+            wanted = torch.add(base[i], pull[i], alpha=1 / diagonal[i])
+            value, self.codes[j] = self._nearest(wanted)
+            torch.sub(base[i], value, out=errors[i])
+            self.values[j] = value
+            pull.addr_(matrix[i], errors[i])
+        return errors
+
+    def _choose_on_cpu(self, block: slice, base: Tensor, pull: Tensor, matrix: Tensor) -> Tensor:
+        """The same in C++, which visits a column of some rows while they are in the cache."""
+        errors = torch.empty_like(base)
+        _core.choose_columns(
+            self._ascending.numpy(),
+            self._order.numpy(),
+            matrix.numpy(),
+            base.numpy(),
+            pull.numpy(),
+            self.values[block].numpy(),
+            self.codes[block].numpy(),
+            errors.numpy(),
+        )
+        return errors
 
     def _refit(self) -> None:
         """Least squares for scales and zero in the metric M, codes fixed, rounded to fp16."""
@@ -178,7 +199,3 @@ class GroupProblem:
         self.best_values = torch.where(better, self.values, self.best_values)
         self.best_parameters = torch.where(better, self.parameters, self.best_parameters)
         self.best_loss = torch.minimum(loss, self.best_loss)
-
-
-def _blocks(columns: int) -> list[slice]:
-    return [slice(first, min(first + _BLOCK, columns)) for first in range(0, columns, _BLOCK)]

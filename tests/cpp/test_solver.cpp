@@ -15,6 +15,7 @@
 #include "base/cpu_features.h"
 #include "base/half.h"
 #include "base/thread_pool.h"
+#include "solver/choose_columns.h"
 #include "solver/hlq_fit.h"
 
 using namespace elutq;
@@ -250,4 +251,109 @@ TEST_CASE("impossible dimensions are refused") {
   CHECK_THROWS_AS(fit(shape(1, 64, 5, 32), weights), std::invalid_argument);
   CHECK_THROWS_AS(fit(shape(0, 64, 2, 32), weights), std::invalid_argument);
   CHECK_THROWS_AS(fit(shape(1, 64, 2, 20), weights), std::invalid_argument);
+}
+
+namespace {
+
+/// A search of random columns with room for its results.
+struct Columns {
+  std::vector<float> levels, matrix, base, pull, values, errors;
+  std::vector<uint8_t> level_codes, codes;
+  ColumnSearch search;
+
+  Columns(int64_t columns, int64_t rows, int bits) {
+    search.columns = columns;
+    search.rows = rows;
+    search.bits = bits;
+    const int64_t count = int64_t{1} << bits;
+    levels = random_weights(count * rows, 3);
+    for (int64_t row = 0; row < rows; ++row) {
+      std::vector<float> own(count);
+      for (int64_t i = 0; i < count; ++i) own[i] = levels[i * rows + row];
+      std::sort(own.begin(), own.end());
+      for (int64_t i = 0; i < count; ++i) {
+        levels[i * rows + row] = own[i];
+        level_codes.push_back(0);
+      }
+    }
+    for (size_t i = 0; i < level_codes.size(); ++i) level_codes[i] = static_cast<uint8_t>((i * 7 + i / rows) % count);
+    matrix = random_weights(columns * columns, 4);
+    for (int64_t j = 0; j < columns; ++j) matrix[j * columns + j] = 2.0f + static_cast<float>(j);
+    base = random_weights(columns * rows, 5);
+    pull = random_weights(columns * rows, 6);
+    values.assign(columns * rows, -1.0f);
+    errors.assign(columns * rows, -1.0f);
+    codes.assign(columns * rows, 0xff);
+  }
+
+  void run(void (*search_columns)(const ColumnSearch&), bool in_place = false) {
+    search.levels = levels.data();
+    search.level_codes = level_codes.data();
+    search.matrix = matrix.data();
+    search.base = in_place ? values.data() : base.data();
+    if (in_place) values = base;
+    search.pull = pull.data();
+    search.values = values.data();
+    search.codes = codes.data();
+    search.errors = errors.data();
+    search_columns(search);
+  }
+
+  bool same_results(const Columns& other) const {
+    return values == other.values && errors == other.errors && codes == other.codes && pull == other.pull;
+  }
+};
+
+/// As ColumnSearch states it, row by row.
+void search_naively(const ColumnSearch& s) {
+  for (int64_t row = 0; row < s.rows; ++row) {
+    for (int64_t j = 0; j < s.columns; ++j) {
+      const float base = s.base[j * s.rows + row];
+      const float wanted = base + s.pull[j * s.rows + row] * (1.0f / s.matrix[j * s.columns + j]);
+      int64_t nearest = 0;
+      while (nearest + 1 < int64_t{1} << s.bits &&
+             wanted > (s.levels[nearest * s.rows + row] + s.levels[(nearest + 1) * s.rows + row]) / 2) {
+        ++nearest;
+      }
+      s.values[j * s.rows + row] = s.levels[nearest * s.rows + row];
+      s.codes[j * s.rows + row] = s.level_codes[nearest * s.rows + row];
+      const float error = base - s.levels[nearest * s.rows + row];
+      s.errors[j * s.rows + row] = error;
+      for (int64_t k = 0; k < s.columns; ++k) s.pull[k * s.rows + row] += error * s.matrix[j * s.columns + k];
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("columns are chosen as stated, to the same bits by all instruction sets") {
+  std::vector<void (*)(const ColumnSearch&)> builds = {choose_columns, solver_generic::search_columns};
+#if defined(__x86_64__)
+  if (cpu_features().avx2) builds.push_back(solver_avx2::search_columns);
+  if (cpu_features().avx512) builds.push_back(solver_avx512::search_columns);
+#endif
+  for (int bits = 1; bits <= 4; ++bits) {
+    for (const int64_t columns : {1, 5, kColumnSearchColumns}) {
+      for (const int64_t rows : {1, kColumnLanes, 37}) {
+        CAPTURE(bits);
+        CAPTURE(columns);
+        CAPTURE(rows);
+        Columns expected(columns, rows, bits);
+        expected.run(search_naively);
+        for (const auto build : builds) {
+          for (const bool in_place : {false, true}) {
+            Columns found(columns, rows, bits);
+            found.run(build, in_place);
+            CHECK(found.same_results(expected));
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a search of too many columns or bits is refused") {
+  CHECK_THROWS_AS(choose_columns(Columns(kColumnSearchColumns + 1, 2, 2).search), std::invalid_argument);
+  CHECK_THROWS_AS(choose_columns(Columns(0, 2, 2).search), std::invalid_argument);
+  CHECK_THROWS_AS(choose_columns(Columns(4, 2, 5).search), std::invalid_argument);
 }

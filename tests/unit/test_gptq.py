@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -120,6 +121,30 @@ def test_steps_never_lose_what_was_reached() -> None:
     again.resume(problem.best_codes, problem.best_parameters)
     torch.testing.assert_close(again.best_loss, last, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(again.values, problem.best_values)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_columns_are_chosen_in_cpp_as_in_torch(bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+
+    def whole(low: int, high: int, *shape: int) -> "torch.Tensor":
+        return torch.randint(low, high, shape, generator=generator).float()
+
+    # Sums of these are exact in any order, so both must give the same bits. 80 columns are three blocks.
+    target, matrix = whole(-32, 33, 80, 37) / 8, whole(-1, 2, 80, 80)
+    matrix.diagonal().fill_(4)
+    scales = whole(1, 9, bits, 37).cumsum(0) / 4
+    parameters = torch.cat([scales, -scales.sum(0, keepdim=True) / 2])
+    found = []
+    for choose in (GroupProblem._choose, GroupProblem._choose_on_cpu):
+        problem = GroupProblem(target, matrix, bits)
+        problem._choose_on_cpu = partial(choose, problem)
+        problem.start(parameters, matrix.triu())
+        problem._descend()
+        found.append((problem.codes, problem.values, problem._gradient))
+    for expected, value in zip(*found, strict=True):
+        assert torch.equal(expected, value)
+    assert len(found[0][0].unique()) == 2**bits
 
 
 def test_stored_form_is_canonical_and_what_was_optimized() -> None:
