@@ -4,7 +4,6 @@
 
 namespace elutq {
 
-inline constexpr int kColumnLanes = 16;          ///< rows worked on side by side, one per vector lane
 inline constexpr int kColumnSearchColumns = 32;  ///< most columns of a search
 inline constexpr int kColumnSearchMaxBits = 4;
 
