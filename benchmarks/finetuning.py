@@ -12,10 +12,13 @@ import argparse
 import json
 import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from learned_rounding import learned_rounding
 
 from elutq import load
 from elutq.bench import source_commit
@@ -47,7 +50,12 @@ def main() -> None:
     for bits in args.bits:
         for variant in args.variants:
             method, finetune = variants(args.finetune_samples)[variant]
-            with tempfile.TemporaryDirectory() as work:
+            rounding = (
+                learned_rounding(finetune.block, finetune.samples)
+                if finetune and variant == "block, learned rounding"
+                else nullcontext()
+            )
+            with tempfile.TemporaryDirectory() as work, rounding:
                 report = quantize(
                     args.model,
                     Path(work) / "out",
@@ -116,6 +124,7 @@ def variants(samples: int) -> dict[str, tuple[str, FinetuneOptions | None]]:
         "hlq-gptq": ("hlq-gptq", None),
         "block, scales alone": ("hlq-gptq", replace(block, block=replace(block.block, latent_rate=0.0))),
         "block": ("hlq-gptq", block),
+        "block, learned rounding": ("hlq-gptq", replace(block, block=replace(block.block, latent_rate=0.05))),
         "block, half of the inputs full": (
             "hlq-gptq",
             replace(block, block=replace(block.block, full_share=0.5)),
