@@ -295,9 +295,9 @@ class RotatedCheckpoint:
             return result
         gain = self._read_float64(plan.norm) if plan.norm else None
         run = plan.columns.size if plan.columns else 1
-        height = plan.rows.size if plan.rows else max(1, _TILE // columns)
+        height = plan.rows.size if plan.rows else min(max(1, _TILE // columns), stop - start)
         width = max(1, _TILE // (height * run)) * run
-        for top in range(start - start % height, stop, height):
+        for top in range(start - start % height if plan.rows else start, stop, height):
             wanted = slice(max(start - top, 0), min(stop - top, height))
             for left in range(0, columns, width):
                 across = slice(left, min(left + width, columns))
