@@ -74,8 +74,8 @@ def stream(url: str, begun: threading.Semaphore) -> list[Any]:
                 events.append(None)
             elif line:
                 events.append(json.loads(line.removeprefix("data: ")))
-            if len(events) == 1:
-                begun.release()
+                if len(events) == 1:
+                    begun.release()
     return events
 
 
