@@ -67,7 +67,7 @@ class GroupProblem:
 
     def _feed_back(self, factor: Tensor) -> None:
         """Choose codes one column after the other, V^T r of those done added to the targets."""
-        self._visit(self.target, torch.zeros_like(self.target), factor)
+        self._visit(self.target, torch.zeros_like(self.target), factor, triangular=True)
 
     def improve(self, rounds: int, descents: int) -> None:
         """Alternate descents on the codes with refits of the parameters."""
@@ -83,19 +83,21 @@ class GroupProblem:
         """Choose each column's code anew with all others fixed."""
         self._visit(self.values, self._gradient, self.metric)
 
-    def _visit(self, base: Tensor, pull: Tensor, matrix: Tensor) -> None:
+    def _visit(self, base: Tensor, pull: Tensor, matrix: Tensor, triangular: bool = False) -> None:
         """For each column j in turn: q_j = the level nearest to b_j + p_j / D_jj, then p += D_j (b_j - q_j).
 
         Args:
             base: b, [columns, rows].
             pull: p, likewise; changed.
             matrix: D, [columns, columns].
+            triangular: D is upper triangular, so that a column changes nothing for earlier ones.
         """
         choose = self._choose_on_cpu if base.device.type == "cpu" else self._choose
         for first in range(0, len(base), _BLOCK):
             block = slice(first, min(first + _BLOCK, len(base)))
             errors = choose(block, base[block], pull[block], matrix[block, block].contiguous())
-            for others in (slice(0, block.start), slice(block.stop, len(base))):
+            before, after = slice(0, block.start), slice(block.stop, len(base))
+            for others in (after,) if triangular else (before, after):
                 pull[others].addmm_(matrix[block, others].T, errors)
 
     def _choose(self, block: slice, base: Tensor, pull: Tensor, matrix: Tensor) -> Tensor:

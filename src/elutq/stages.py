@@ -291,11 +291,7 @@ class Job:
                 "mixtures of experts cannot be sharded: not every process uses each expert"
             )
         for stage in options.stages:
-            if self.world.size > options.tuning(stage).batch:
-                raise InvalidArgumentError(
-                    f"{self.world.size} processes cannot share batches of {options.tuning(stage).batch} "
-                    "windows; take larger batches"
-                )
+            options.tuning(stage).check_processes(self.world.size)
         check_replaceable(out, self.overwrite)
         name = work / _FINGERPRINT
         # Without a name they are what is left of others.

@@ -59,6 +59,17 @@ class TuneOptions:
                 f"{self.epochs}, {self.batch} and {self.checks}"
             )
 
+    def check_processes(self, count: int) -> None:
+        """Each of `count` processes has a window of every batch.
+
+        Raises:
+            InvalidArgumentError: there are too many.
+        """
+        if count > self.batch:
+            raise InvalidArgumentError(
+                f"{count} processes cannot share batches of {self.batch} windows; take larger batches"
+            )
+
 
 @dataclass(frozen=True)
 class FinetuneOptions:

@@ -129,10 +129,7 @@ def own_windows(count: int, options: TuneOptions, world: World) -> list[int]:
     Raises:
         InvalidArgumentError: there are more processes than windows in a batch, or no whole batch.
     """
-    if world.size > options.batch:
-        raise InvalidArgumentError(
-            f"{world.size} processes cannot share batches of {options.batch} windows; take larger batches"
-        )
+    options.check_processes(world.size)
     if count < options.batch:
         raise InvalidArgumentError(f"{count} windows are no batch of {options.batch}; take more windows")
     strata = world.share(options.batch)
