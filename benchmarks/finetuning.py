@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from learned_rounding import learned_rounding
+from straight_through import straight_through
 
 from elutq import load
 from elutq.bench import source_commit
@@ -50,11 +50,7 @@ def main() -> None:
     for bits in args.bits:
         for variant in args.variants:
             method, finetune = variants(args.finetune_samples)[variant]
-            rounding = (
-                learned_rounding(finetune.block, finetune.samples)
-                if finetune and variant == "block, learned rounding"
-                else nullcontext()
-            )
+            rounding = straight_through() if "straight-through" in variant else nullcontext()
             with tempfile.TemporaryDirectory() as work, rounding:
                 report = quantize(
                     args.model,
@@ -124,7 +120,10 @@ def variants(samples: int) -> dict[str, tuple[str, FinetuneOptions | None]]:
         "hlq-gptq": ("hlq-gptq", None),
         "block, scales alone": ("hlq-gptq", replace(block, block=replace(block.block, latent_rate=0.0))),
         "block": ("hlq-gptq", block),
-        "block, learned rounding": ("hlq-gptq", replace(block, block=replace(block.block, latent_rate=0.05))),
+        "block, straight-through codes": (
+            "hlq-gptq",
+            replace(block, block=replace(block.block, latent_rate=0.0225)),
+        ),
         "block, half of the inputs full": (
             "hlq-gptq",
             replace(block, block=replace(block.block, full_share=0.5)),

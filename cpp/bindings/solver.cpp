@@ -13,6 +13,7 @@
 #include "bindings/hlq_matrix.h"
 #include "solver/choose_columns.h"
 #include "solver/hlq_fit.h"
+#include "solver/learned_rounding.h"
 #include "solver/squared_error.h"
 
 namespace nb = nanobind;
@@ -120,6 +121,34 @@ void choose_columns(const ConstFloats& levels, const ConstBytes& level_codes, co
   elutq::choose_columns(search);
 }
 
+elutq::SoftWeights soft_weights(const ConstFloats& latent, const ConstFloats& levels, float temperature) {
+  check_shape(levels, static_cast<int64_t>(latent.shape(0)), static_cast<int64_t>(levels.shape(1)), "levels");
+  return {static_cast<int64_t>(latent.shape(1)), static_cast<int>(levels.shape(1)), temperature, latent.data(),
+          levels.data()};
+}
+
+void soft_values(const ConstFloats& latent, const ConstFloats& levels, float temperature, const Floats& values,
+                 int threads) {
+  const elutq::SoftWeights soft = soft_weights(latent, levels, temperature);
+  const auto groups = static_cast<int64_t>(latent.shape(0));
+  check_shape(values, groups, soft.columns, "values");
+  const nb::gil_scoped_release release;
+  elutq::ThreadPool pool(threads);
+  elutq::soft_values(soft, groups, values.data(), pool);
+}
+
+void soft_gradients(const ConstFloats& latent, const ConstFloats& levels, float temperature,
+                    const ConstFloats& gradient, const Floats& for_latent, const Floats& for_levels, int threads) {
+  const elutq::SoftWeights soft = soft_weights(latent, levels, temperature);
+  const auto groups = static_cast<int64_t>(latent.shape(0));
+  check_shape(gradient, groups, soft.columns, "gradient");
+  check_shape(for_latent, groups, soft.columns, "for_latent");
+  check_shape(for_levels, groups, soft.levels, "for_levels");
+  const nb::gil_scoped_release release;
+  elutq::ThreadPool pool(threads);
+  elutq::soft_gradients(soft, groups, gradient.data(), for_latent.data(), for_levels.data(), pool);
+}
+
 }  // namespace
 
 void bind_solver(nb::module_& m) {
@@ -133,4 +162,10 @@ void bind_solver(nb::module_& m) {
         nb::arg("errors").noconvert(),
         "Chooses the codes of at most 32 columns, one column after the other: q_j is the level nearest to\n"
         "b_j + p_j / D_jj, then p += D_j (b_j - q_j).");
+  m.def("soft_values", &soft_values, nb::arg("latent"), nb::arg("levels"), nb::arg("temperature"),
+        nb::arg("values").noconvert(), nb::arg("threads"),
+        "Writes weights that lie between two levels of their group each.");
+  m.def("soft_gradients", &soft_gradients, nb::arg("latent"), nb::arg("levels"), nb::arg("temperature"),
+        nb::arg("gradient"), nb::arg("for_latent").noconvert(), nb::arg("for_levels").noconvert(), nb::arg("threads"),
+        "Writes the gradients of soft_values' inputs from those of its weights.");
 }

@@ -10,6 +10,8 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "base/exponential.h"
+
 namespace elutq {
 namespace {
 
@@ -19,23 +21,6 @@ constexpr size_t kBlock = 512;
 
 void require(bool condition, const char* complaint) {
   if (!condition) throw std::invalid_argument(complaint);
-}
-
-/// exp(x) for x <= 0, to about 1e-7; 0 below -87.7. Branch-free, so that loops over it are vectorized. (Cephes' expf.)
-inline float exp_nonpositive(float x) {
-  constexpr float kLowest = -88.1F;      // 2^-127, whose exponent bits are 0
-  constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it rounds to an integer
-  x = x > kLowest ? x : kLowest;
-  const float n = (x * 1.44269504F + kRound) - kRound;
-  const float r = (x - n * 0.693359375F) + n * 2.12194440e-4F;
-  float p = 1.9875691500e-4F;
-  p = p * r + 1.3981999507e-3F;
-  p = p * r + 8.3334519073e-3F;
-  p = p * r + 4.1665795894e-2F;
-  p = p * r + 1.6666665459e-1F;
-  p = p * r + 5.0000001201e-1F;
-  p = p * r * r + r + 1.0F;
-  return p * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
 }
 
 /// The largest of the logits. Throws std::runtime_error when one is NaN.

@@ -4,9 +4,16 @@
 namespace elutq::ELUTQ_SOLVER_NAMESPACE {
 namespace {
 
+/// Rows in a register: compilers take wider vectors apart, element by element.
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
-constexpr int kVectors = 4;  // side by side, so that a visit to a column reads some hundred bytes of it in a row
-constexpr int kRows = kVectors * kLanes;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kRows = 64;  // side by side, so that a visit to a column reads some hundred bytes of it in a row
+constexpr int kVectors = kRows / kLanes;
 typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
 

@@ -119,6 +119,26 @@ def choose_columns(
 ) -> None:
     """Choose the codes of at most 32 columns one after the other; see `elutq.group_problem`."""
 
+def soft_values(
+    latent: NDArray[np.float32],
+    levels: NDArray[np.float32],
+    temperature: float,
+    values: NDArray[np.float32],
+    threads: int,
+) -> None:
+    """Weights between two levels of their group each; see `elutq.finetune.soft_weights`."""
+
+def soft_gradients(
+    latent: NDArray[np.float32],
+    levels: NDArray[np.float32],
+    temperature: float,
+    gradient: NDArray[np.float32],
+    for_latent: NDArray[np.float32],
+    for_levels: NDArray[np.float32],
+    threads: int,
+) -> None:
+    """Gradients of what `soft_values` was given from those of its weights."""
+
 def squared_error(
     weights: NDArray[np.generic],
     type: str,  # noqa: A002

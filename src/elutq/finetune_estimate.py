@@ -16,8 +16,10 @@ from elutq.scheme import ModelScheme
 from elutq.world import World
 
 # Bytes that go through memory, as `_traffic` measures it, fitted to what `QuantizedLinear` and Adam take.
-_PLANE_BYTES = 40  # per weight and bit plane: to build W~, and as many for the gradients of scales and zeros
-_LEVEL_BYTES = 40  # per weight and level: to find the nearest one of a latent weight
+_PLANE_BYTES = 25  # per weight and bit plane: to build W~, and as many for the gradients of scales and zeros
+_LEVEL_BYTES = 10  # per weight and level: to find the nearest one of a latent weight
+# Per latent weight, moved in a step and held of the matrix at work, while weights are soft.
+_SOFT_ON_CPU, _SOFT_BY_TORCH = (80, 8), (400, 48)
 _ADAM_BYTES = 150  # per parameter and step, with the gradients' norm
 _LOGIT_BYTES = 60  # per logit of both models, softmax and gradient
 
@@ -74,24 +76,31 @@ def estimate(
     layers, head = engine.num_hidden_layers, engine.vocab_size * engine.hidden_size
     active = total.active + layers * 2 * length * engine.num_attention_heads * engine.head_dim
     if stage == "block":
-        full_passes, tuned_passes, builds, at_heads = 4 * windows, 2 * judged, steps + judged, 0
+        full_passes, tuned_passes, judged_builds, at_heads = 4 * windows, 2 * judged, judged, 0
     else:
-        full_passes, tuned_passes = 2 * windows, 2 * (judged + reported)
-        builds, at_heads = steps * (2 if again else 1) + judged + reported, seen + judged
+        judged_builds = judged + reported
+        full_passes, tuned_passes, at_heads = 2 * windows, 2 * judged_builds, seen + judged
     tuned_passes += (8 if again else 6) * seen
     heads = (6 if options.objective == "kl" else 4) * at_heads + 14 * reported
     full = length * (active * full_passes + head * heads)
-    build = _PLANE_BYTES * total.planes + (_LEVEL_BYTES * total.levels if latent else 0)
-    moved = builds * build + steps * (_PLANE_BYTES * total.planes + _ADAM_BYTES * trained)
+    device = world.device
+    soft_moved, soft_held = _SOFT_ON_CPU if device.type == "cpu" else _SOFT_BY_TORCH
+    planes = _PLANE_BYTES * total.planes
+    if latent:
+        moved = judged_builds * (planes + _LEVEL_BYTES * total.levels) + steps * soft_moved * total.weights
+    else:
+        moved = (judged_builds + steps * (3 if again else 2)) * planes
+    moved += steps * _ADAM_BYTES * trained
     moved += _LOGIT_BYTES * engine.vocab_size * length * (at_heads + 2 * reported)
     moved += activation_bytes(engine, length) * layers * (full_passes + tuned_passes)
-    device = world.device
     fast = torch.bfloat16 if device.type == "cuda" else torch.float32
     seconds = full / speed(device) + length * active * tuned_passes / speed(device, fast)
-    seconds += moved / _traffic(device, max(a.out_features * a.in_features for a in block_linears(engine)))
+    largest_matrix = max(a.out_features * a.in_features for a in block_linears(engine))
+    seconds += moved / _traffic(device, largest_matrix)
 
     shards = world.size if stage == "e2e" and options.shard else 1
     memory = _memory(stage, engine, total, largest, share * length, latent, again, shards)
+    memory += soft_held * largest_matrix if latent else 0
     streams = 4 * windows * length * engine.hidden_size * (3 if stage == "block" else 2)
     if device.type == "cpu" and not offload:
         memory += streams

@@ -17,6 +17,7 @@
 #include "base/thread_pool.h"
 #include "solver/choose_columns.h"
 #include "solver/hlq_fit.h"
+#include "solver/learned_rounding.h"
 
 using namespace elutq;
 
@@ -356,4 +357,117 @@ TEST_CASE("a search of too many columns or bits is refused") {
   CHECK_THROWS_AS(choose_columns(Columns(kColumnSearchColumns + 1, 2, 2).search), std::invalid_argument);
   CHECK_THROWS_AS(choose_columns(Columns(0, 2, 2).search), std::invalid_argument);
   CHECK_THROWS_AS(choose_columns(Columns(4, 2, 5).search), std::invalid_argument);
+}
+
+namespace {
+
+/// Groups whose latent weights lie between their levels and beyond.
+struct SoftCase {
+  int64_t groups;
+  SoftWeights soft;
+  std::vector<float> latent, levels, gradient, values, for_latent, for_level;
+
+  SoftCase(int64_t groups, int64_t columns, int level_count, float temperature)
+      : groups(groups),
+        latent(random_weights(groups * columns, 1)),
+        levels(random_weights(groups * level_count, 2)),
+        gradient(random_weights(groups * columns, 3)),
+        values(groups * columns, -9.0f),
+        for_latent(groups * columns, -9.0f),
+        for_level(groups * level_count, -9.0f) {
+    for (int64_t group = 0; group < groups; ++group) {
+      const auto first = levels.begin() + group * level_count;
+      std::sort(first, first + level_count);
+      if (group % 3 == 2) std::fill(first, first + level_count, 0.5f);  // they coincide
+    }
+    soft = {columns, level_count, temperature, latent.data(), levels.data()};
+  }
+
+  bool same_results(const SoftCase& other) const {
+    return values == other.values && for_latent == other.for_latent && for_level == other.for_level;
+  }
+};
+
+/// As SoftWeights states it, in double precision.
+void soften_naively(SoftCase& c) {
+  const int count = c.soft.levels;
+  std::vector<double> for_level(c.for_level.size());
+  for (int64_t group = 0; group < c.groups; ++group) {
+    const float* level = c.levels.data() + group * count;
+    const double gap = std::max(1e-9, (double{level[count - 1]} - double{level[0]}) / (count - 1));
+    for (int64_t at = group * c.soft.columns; at < (group + 1) * c.soft.columns; ++at) {
+      int rank = 0;
+      while (rank < count - 2 && c.latent[at] > level[rank + 1]) ++rank;
+      const double a = double{level[rank]};
+      const double b = double{level[rank + 1]};
+      const double slope = 2 * (b - a) / (double{c.soft.temperature} * gap * gap);
+      const double share = 1 / (1 + std::exp(-(double{c.latent[at]} - (a + b) / 2) * slope));
+      const double gradient = double{c.gradient[at]};
+      c.values[at] = static_cast<float>(a + (b - a) * share);
+      c.for_latent[at] = static_cast<float>(gradient * (b - a) * share * (1 - share) * slope);
+      for_level[group * count + rank] += gradient * (1 - share);
+      for_level[group * count + rank + 1] += gradient * share;
+    }
+  }
+  std::copy(for_level.begin(), for_level.end(), c.for_level.begin());
+}
+
+bool close(const std::vector<float>& found, const std::vector<float>& expected) {
+  return std::equal(found.begin(), found.end(), expected.begin(),
+                    [](float a, float b) { return std::abs(a - b) <= 1e-4f + 1e-4f * std::abs(b); });
+}
+
+}  // namespace
+
+TEST_CASE("soft weights and their gradients are those of the formula, to the same bits by all instruction sets") {
+  using Values = void (*)(const SoftWeights&, int64_t, int64_t, float*);
+  using Gradients = void (*)(const SoftWeights&, int64_t, int64_t, const float*, float*, float*);
+  std::vector<std::pair<Values, Gradients>> builds = {{solver_generic::soft_values, solver_generic::soft_gradients}};
+#if defined(__x86_64__)
+  if (cpu_features().avx2) builds.emplace_back(solver_avx2::soft_values, solver_avx2::soft_gradients);
+  if (cpu_features().avx512) builds.emplace_back(solver_avx512::soft_values, solver_avx512::soft_gradients);
+#endif
+  for (const int levels : {2, 4, 8, 16}) {
+    for (const int64_t columns : {1, 32, 70, 128}) {
+      for (const float temperature : {1.0f, 0.2f, 0.01f}) {
+        CAPTURE(levels);
+        CAPTURE(columns);
+        CAPTURE(temperature);
+        SoftCase expected(7, columns, levels, temperature);
+        soften_naively(expected);
+        SoftCase first(7, columns, levels, temperature);
+        for (const int threads : {1, 3}) {
+          ThreadPool pool(threads);
+          soft_values(first.soft, first.groups, first.values.data(), pool);
+          soft_gradients(first.soft, first.groups, first.gradient.data(), first.for_latent.data(),
+                         first.for_level.data(), pool);
+          CHECK(close(first.values, expected.values));
+          CHECK(close(first.for_latent, expected.for_latent));
+          CHECK(close(first.for_level, expected.for_level));
+        }
+        for (const auto& [values, gradients] : builds) {
+          SoftCase found(7, columns, levels, temperature);
+          values(found.soft, 0, 7, found.values.data());
+          gradients(found.soft, 0, 7, found.gradient.data(), found.for_latent.data(), found.for_level.data());
+          CHECK(found.same_results(first));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("soft weights of other numbers of levels, or without a temperature, are refused") {
+  ThreadPool pool(1);
+  SoftCase c(2, 8, 4, 0.2f);
+  for (const int levels : {0, 1, 3, 32}) {
+    SoftWeights soft = c.soft;
+    soft.levels = levels;
+    CHECK_THROWS_AS(soft_values(soft, 2, c.values.data(), pool), std::invalid_argument);
+  }
+  for (const float temperature : {0.0f, -1.0f, std::nanf("")}) {
+    SoftWeights soft = c.soft;
+    soft.temperature = temperature;
+    CHECK_THROWS_AS(soft_gradients(soft, 2, c.gradient.data(), c.for_latent.data(), c.for_level.data(), pool),
+                    std::invalid_argument);
+  }
 }

@@ -19,7 +19,7 @@ ALLOWED = {
     "bindings": {"base", "kernels", "solver", "ops", "model", "engine"},
 }
 #: The only Python modules that may import the compiled core.
-CORE_IMPORTERS = {"group_problem.py", "hf.py", "hlq.py", "runtime.py", "sampling.py"}
+CORE_IMPORTERS = {"group_problem.py", "hf.py", "hlq.py", "runtime.py", "sampling.py", "soft_weights.py"}
 
 SOURCES = sorted(p for p in (ROOT / "cpp").rglob("*") if p.suffix in {".h", ".cpp"})
 

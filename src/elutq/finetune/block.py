@@ -13,6 +13,7 @@ small (BRECQ, arXiv 2102.05426; with latent weights and parameters trained toget
     resuming   tuned blocks are read back and both streams computed again, to the same bits
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,7 +75,7 @@ class BlockTuner:
         block, seed = task.trainable(index), task.seed + index
         tuning = Tuning(block.modules.values(), self._windows.train_count, task.options, seed, self._world)
 
-        def error(windows: list[int], inputs: Tensor) -> Tensor:
+        def error(windows: Sequence[int], inputs: Tensor) -> Tensor:
             with autocast(device):
                 outputs = block(inputs, *position)
             return (outputs.float() - get(self._targets, windows, device)).square().sum() / norm
@@ -91,8 +92,9 @@ class BlockTuner:
             return error(windows, inputs)
 
         def held_out() -> float:
-            own = (float(error([w], get(self._tuned, [w], device))) for w in self._windows.held_out)
-            return self._world.totals(sum(own))[0] / self._windows.held_count
+            pieces = self._windows.pieces(self._windows.held_out)
+            own = sum(float(error(piece, get(self._tuned, piece, device))) for piece in pieces)
+            return self._world.totals(own)[0] / self._windows.held_count
 
         tuning.run(loss, held_out)
         return result(block), TunedOutcome(index, tuning.start or 0.0, tuning.best, tuning.step)
@@ -105,7 +107,7 @@ class BlockTuner:
             self._find_targets(index)
         block, position = self._task.reader.block(index), self._position(index)
         fill(block, tuned)
-        for piece in self._windows.pieces():
+        for piece in self._windows.pieces(self._windows.own):
             put(self._tuned, piece, block(get(self._tuned, piece, device), *position))
         self._full, self._targets = self._targets, self._full
 
@@ -134,7 +136,7 @@ class BlockTuner:
         device = self._world.device
         block, position = self._task.reader.block(index), self._position(index)
         total, squares, tokens = torch.zeros(0, dtype=torch.float64), 0.0, 0
-        for piece in self._windows.pieces():
+        for piece in self._windows.pieces(self._windows.own):
             target = block(get(self._full, piece, device), *position)
             put(self._targets, piece, target)
             sums = target.sum((0, 1), dtype=torch.float64).cpu()

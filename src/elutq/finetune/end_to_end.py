@@ -12,7 +12,7 @@ and gives them exactly.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,10 +152,11 @@ class EndToEndTuner:
     def evaluate(self) -> HeldOut | None:
         """Both models on the windows of the report; None when there are none."""
         sums = HeldOut(0.0, 0.0, 0.0, 0)
-        for window, counts in self._in_turn(self._windows.report, self._windows.report_count):
-            full, tuned = get(self._full, [window], self._device)[0], self._hidden([window])[0]
+        for windows, counts in self._in_turn(self._windows.report, self._windows.report_count):
+            both = get(self._full, windows, self._device), self._hidden(windows)
             if counts:
-                sums = add(sums, self._heads.compare(full, tuned, self._windows.ids[window]))
+                for window, full, tuned in zip(windows, *both, strict=True):
+                    sums = add(sums, self._heads.compare(full, tuned, self._windows.ids[window]))
         return mean(sums, self._world)
 
     def _run_full(self) -> None:
@@ -168,7 +169,7 @@ class EndToEndTuner:
         for window in own:
             put(self._full, [window], reader.head_input(get(self._full, [window], self._device))[None])
 
-    def _hidden(self, windows: list[int]) -> Tensor:
+    def _hidden(self, windows: Sequence[int]) -> Tensor:
         """What the tuned model's head reads, [windows, length, hidden_size]."""
         hidden = get(self._inputs, windows, self._device)
         with autocast(self._device):
@@ -185,7 +186,7 @@ class EndToEndTuner:
         """Mean loss per token of each window, summed over this process's windows."""
         return self._loss_of(self._windows.trained_in(batch))
 
-    def _loss_of(self, windows: list[int]) -> Tensor:
+    def _loss_of(self, windows: Sequence[int]) -> Tensor:
         hidden, length = self._hidden(windows), self._windows.length
         if self._objective == "lm":
             next_tokens = self._windows.ids[windows, 1:].flatten().to(self._device)
@@ -196,19 +197,21 @@ class EndToEndTuner:
 
     def _held_out_loss(self) -> float:
         turns = self._in_turn(self._windows.held_out, self._windows.held_count)
-        own = sum(float(self._loss_of([window])) * counts for window, counts in turns)
+        own = sum(float(self._loss_of(windows)) * counts for windows, counts in turns)
         return self._world.totals(own)[0] / self._windows.held_count
 
-    def _in_turn(self, own: list[int], count: int) -> Iterator[tuple[int, bool]]:
-        """This process's windows of `count`, and that they count.
+    def _in_turn(self, own: Sequence[int], count: int) -> Iterator[tuple[Sequence[int], bool]]:
+        """This process's windows of `count`, some at a time, and that they count.
 
         Where blocks are sharded, all processes run them together: one with fewer windows runs another, which
         does not count.
         """
-        turns = -(-count // self._world.size) if self._shard else len(own)
-        spare = self._windows.training[0]
+        pieces = list(self._windows.pieces(own))
+        most = -(-count // self._world.size)  # windows of one process
+        turns = -(-most // self._windows.at_once) if self._shard else len(pieces)
+        spare = self._windows.training[:1]
         for turn in range(turns):
-            yield (own[turn], True) if turn < len(own) else (spare, False)
+            yield (pieces[turn], True) if turn < len(pieces) else (spare, False)
 
     def _result(self) -> Tuned:
         tuned = []

@@ -22,8 +22,8 @@ class TuneOptions:
     """How a stage is tuned. `docs/accuracy.md` has what the defaults rest on.
 
     Rates are steps of Adam (arXiv 1412.6980) relative to the size of what they move: for latent weights,
-    scales and zeros the mean scale of their matrix, for norms and biases their mean magnitude. They follow
-    half a cosine down to 0.
+    scales and zeros the mean distance between levels in their matrix, for norms and biases their mean
+    magnitude. They follow half a cosine down to 0.
 
     Attributes:
         epochs: how often each window is seen.
@@ -34,7 +34,9 @@ class TuneOptions:
         warmup: steps until the rates are reached.
         clip: largest norm of all gradients together, relative to a running mean of it.
         checks: how often the windows held out are consulted.
-        patience: checks in a row without a new best that end the work early.
+        patience: checks in a row without a new best that end the work early. Codes are judged as they will
+            be stored, while they are trained they become hard only in the end: with a `latent_rate`, fewer
+            than `checks` will end it too early.
         full_share: share of windows whose inputs are the full model's instead of the quantized one's; of
             block reconstruction alone.
         uniform: keep uniform grids uniform, to compare with.
@@ -43,7 +45,7 @@ class TuneOptions:
     epochs: int
     batch: int = 4
     latent_rate: float = 0.0
-    scale_rate: float = 1e-3
+    scale_rate: float = 2e-3
     vector_rate: float = 1e-3
     warmup: int = 20
     clip: float = 3.0
@@ -88,7 +90,7 @@ class FinetuneOptions:
 
     stages: tuple[str, ...] = STAGES
     samples: int = 512
-    block: TuneOptions = TuneOptions(epochs=2, latent_rate=0.015)
+    block: TuneOptions = TuneOptions(epochs=2, latent_rate=0.07)
     e2e: TuneOptions = TuneOptions(epochs=1)
     objective: str = "kl"
     shard: bool = False
@@ -166,8 +168,8 @@ def choose(
             options = replace(
                 options,
                 samples=2048,
-                block=replace(options.block, latent_rate=0.01),
-                e2e=replace(options.e2e, epochs=2, latent_rate=0.008),
+                block=replace(options.block, latent_rate=0.05),
+                e2e=replace(options.e2e, epochs=2, latent_rate=0.02),
             )
         if stages is not None:
             options = replace(options, stages=tuple(stages))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from elutq import hlq
+from elutq.finetune.soft_weights import count_below, soft_weights
 from elutq.packing import HlqMatrix, pack_codes, unpack_codes
 from elutq.scheme import QuantScheme
 
@@ -14,10 +15,11 @@ from elutq.scheme import QuantScheme
 class QuantizedLinear(nn.Module):
     """y = W~ x + bias with W~ = zero + sum_p scale_p bit_p, and gradients for what W~ is made of.
 
-    Scales and zeros count as they will be stored, and gradients pass the rounding straight through. With
-    latent weights, each code is that of the level nearest to its latent weight, whose gradient is that of the
-    weight itself (the straight-through estimator, arXiv 1308.3432). They begin in the middle of their cells,
-    at what the matrix is, so that a code changes only after gradients have pulled it one way for long.
+    Scales and zeros count as they will be stored, and gradients pass the rounding straight through (arXiv
+    1308.3432). With latent weights, each code is that of the level nearest to its own, which begins at what
+    the matrix is. While they are trained, weights are soft, between two levels, and as the temperature falls
+    they become what their codes say: learned rounding, by soft-to-hard annealing (arXiv 1704.00648) with two
+    levels each as in AdaRound (arXiv 2004.10568), but those next to the latent weight at present.
 
     Args:
         matrix: where it begins.
@@ -32,7 +34,8 @@ class QuantizedLinear(nn.Module):
         latent: float32 [out_features, groups, columns per group], or None when codes are not trained.
         fixed_codes: uint8, the same shape, or None when they are. A parameter without gradient, not a buffer,
             so that FSDP shards it.
-        unit: mean scale at the beginning: the size of a step between levels, which rates are relative to.
+        unit: mean distance between levels at the beginning, which rates are relative to.
+        temperature: of soft weights; 0: they are hard, and latent weights have no gradient.
     """
 
     def __init__(
@@ -60,7 +63,8 @@ class QuantizedLinear(nn.Module):
         row_scales = None if matrix.row_scales is None else torch.from_numpy(unit).to(device)
         self.register_buffer("row_scales", row_scales)
         self.bias = bias
-        self.unit = float(scales.mean())
+        self.unit = float(scales.sum(-1).mean()) / (2**matrix.bits - 1)
+        self.temperature = 0.0
         self._powers = 2.0 ** torch.arange(matrix.bits, device=device) if uniform else None
         if uniform:
             scales = scales[..., :1]
@@ -70,7 +74,7 @@ class QuantizedLinear(nn.Module):
         codes = codes.to(device)
         if train_codes:
             with torch.no_grad():
-                self.latent = nn.Parameter(_values(codes, *self._storable(), None))
+                self.latent = nn.Parameter(_values(codes, *self._storable()))
         else:
             self.fixed_codes = nn.Parameter(codes, requires_grad=False)
 
@@ -82,7 +86,10 @@ class QuantizedLinear(nn.Module):
     def weight(self) -> Tensor:
         """W~, float32 [out_features, in_features]."""
         scales, zeros = self._storable()
-        values = _values(self._codes(scales, zeros), scales, zeros, self.latent)
+        if self.latent is not None and self.temperature > 0:
+            values = soft_weights(self.latent, _levels(scales, zeros)[0], self.temperature)
+        else:
+            values = _values(self._codes(scales, zeros), scales, zeros)
         return values.flatten(1)[:, : self.in_features]
 
     @torch.no_grad()
@@ -141,8 +148,8 @@ class QuantizedLinear(nn.Module):
         return stored, self.zeros + shift_zeros
 
 
-def _values(codes: Tensor, scales: Tensor, zeros: Tensor, latent: Tensor | None) -> Tensor:
-    values: Tensor = _Values.apply(codes, scales, zeros, latent)  # type: ignore[no-untyped-call]
+def _values(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    values: Tensor = _Values.apply(codes, scales, zeros)  # type: ignore[no-untyped-call]
     return values
 
 
@@ -150,7 +157,7 @@ class _Values(torch.autograd.Function):
     """zero + sum_p scale_p bit_p, [out_features, groups, columns]; keeps only codes for the way back."""
 
     @staticmethod
-    def forward(ctx: Any, codes: Tensor, scales: Tensor, zeros: Tensor, latent: Tensor | None) -> Tensor:
+    def forward(ctx: Any, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         ctx.save_for_backward(codes)
         ctx.bits = scales.shape[-1]
         values = zeros[..., None].expand(codes.shape).contiguous()
@@ -162,19 +169,18 @@ class _Values(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (codes,) = gradients, ctx.saved_tensors
         for_scales = [(gradient * (codes >> p & 1)).sum(-1) for p in range(ctx.bits)]
-        latent = gradient if ctx.needs_input_grad[3] else None
-        return None, torch.stack(for_scales, -1), gradient.sum(-1), latent
+        return None, torch.stack(for_scales, -1), gradient.sum(-1)
 
 
 def _nearest(latent: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """Code of the level nearest to each latent weight, uint8, the shape of `latent`."""
-    bits = scales.shape[-1]
-    patterns = (
-        torch.arange(2**bits, device=scales.device)[:, None] >> torch.arange(bits, device=scales.device)
-    ) & 1
+    levels, order = _levels(scales, zeros)
+    return order.gather(-1, count_below((levels[..., 1:] + levels[..., :-1]) / 2, latent))
+
+
+def _levels(scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels of each group, ascending, and their codes, uint8: [out_features, groups, 2^bits]."""
+    bits = torch.arange(scales.shape[-1], device=scales.device)
+    patterns = torch.arange(2 ** len(bits), device=scales.device)[:, None] >> bits & 1
     levels, order = (scales @ patterns.T.to(scales) + zeros[..., None]).sort(-1)
-    borders = (levels[..., 1:] + levels[..., :-1]) / 2
-    rank = torch.zeros_like(latent, dtype=torch.uint8)
-    for i in range(2**bits - 1):
-        rank += latent > borders[..., i, None]
-    return order.to(torch.uint8).gather(-1, rank.long())
+    return levels, order.to(torch.uint8)

@@ -60,7 +60,7 @@ class TuningTask:
 
     def embed_both(self, windows: "Windows", full: Activations, tuned: Activations) -> None:
         """Store the residual streams before the first block, of the full model and of the quantized one."""
-        for piece in windows.pieces():
+        for piece in windows.pieces(windows.own):
             ids = windows.ids[piece]
             put(full, piece, self.reader.embed(ids))
             put(tuned, piece, (self.embed_tuned or self.reader.embed)(ids))
@@ -77,6 +77,7 @@ class Windows:
     Attributes:
         ids: int64 [windows, length]: those to train on, those held out, those of the report.
         length: tokens in each.
+        at_once: how many go through a block together where nothing is trained.
         train_count: how many there are to train on, in all processes; the other counts likewise.
         training: which of them are this process's; so are the other lists.
 
@@ -87,6 +88,7 @@ class Windows:
     def __init__(self, text: TuningText, options: TuneOptions, world: World) -> None:
         self.ids = torch.from_numpy(np.concatenate([text.train, text.held_out, text.report]))
         self.length: int = self.ids.shape[1]
+        self.at_once = max(1, _FORWARD_TOKENS // self.length)
         self.train_count, self.held_count, self.report_count = map(
             len, (text.train, text.held_out, text.report)
         )
@@ -106,10 +108,9 @@ class Windows:
         """Those of a batch that are this process's."""
         return [window for window in batch if window in self._trained]
 
-    def pieces(self) -> Iterator[list[int]]:
-        """This process's windows, as many at a time as may go through a block together."""
-        own, step = self.own, max(1, _FORWARD_TOKENS // self.length)
-        return (own[i : i + step] for i in range(0, len(own), step))
+    def pieces(self, windows: Sequence[int]) -> Iterator[Sequence[int]]:
+        """As many windows at a time as may go through a block together where nothing is trained."""
+        return (windows[i : i + self.at_once] for i in range(0, len(windows), self.at_once))
 
 
 def put(stream: Activations, windows: Sequence[int], values: Tensor) -> None:

@@ -13,6 +13,9 @@ from elutq.finetune.options import TuneOptions
 from elutq.finetune.quantized_linear import QuantizedLinear
 from elutq.world import World
 
+#: Temperatures of soft codes in the first step and in the end; between them the logarithm falls by the cube
+#: of the share of steps done: codes stay soft for long.
+_TEMPERATURES = (0.2, 1e-3)
 #: What Adam keeps of each parameter.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -37,7 +40,9 @@ class Tuning:
         self, parts: Iterable[nn.Module], windows: int, options: TuneOptions, seed: int, world: World
     ) -> None:
         self._options, self._world, self._windows, self._seed = options, world, windows, seed
-        self._groups = list(_groups(parts, options))
+        modules = [module for part in parts for module in part.modules()]
+        self._linears = [module for module in modules if isinstance(module, QuantizedLinear)]
+        self._groups = list(_groups(modules, options))
         self.parameters: list[nn.Parameter] = [p for group in self._groups for p in group["params"]]
         for parameter in self.parameters:
             parameter.requires_grad_(True)
@@ -87,7 +92,9 @@ class Tuning:
         for group in self._optimizer.param_groups:
             group["lr"] = group["rate"] * fraction
         self._optimizer.zero_grad()
+        self._soften(self._temperature)
         torch.autograd.backward(loss(self._batch()) / options.batch)
+        self._soften(0.0)
         # An expert that no token is routed to has no gradient, perhaps in this process alone.
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -107,6 +114,16 @@ class Tuning:
                 gradient.mul_(options.clip * self._norm / norm)
         self._optimizer.step()
         self.step += 1
+
+    @property
+    def _temperature(self) -> float:
+        """Of the present step."""
+        first, last = map(math.log, _TEMPERATURES)
+        return math.exp(first + (last - first) * (self.step / self.steps) ** 3)
+
+    def _soften(self, temperature: float) -> None:
+        for linear in self._linears:
+            linear.temperature = temperature
 
     def _batch(self) -> list[int]:
         """Windows of the present step: one of each stratum, window w being of stratum w % batch."""
@@ -177,17 +194,16 @@ def _squares(tensors: list[Tensor]) -> float:
     return sum(float(tensor.square().sum(dtype=torch.float64)) for tensor in tensors)
 
 
-def _groups(parts: Iterable[nn.Module], options: TuneOptions) -> Iterator[dict[str, Any]]:
+def _groups(modules: Iterable[nn.Module], options: TuneOptions) -> Iterator[dict[str, Any]]:
     """Parameters with their rates."""
-    for part in parts:
-        for module in part.modules():
-            if isinstance(module, QuantizedLinear):
-                unit = module.unit
-                yield {"params": [module.scales, module.zeros], "rate": options.scale_rate * unit}
-                if module.latent is not None:
-                    yield {"params": [module.latent], "rate": options.latent_rate * unit}
-            if options.vector_rate:
-                vectors = [p for p in module.parameters(recurse=False) if p.ndim == 1]
-                for vector in vectors:
-                    size = float(whole(vector.detach()).abs().mean())
-                    yield {"params": [vector], "rate": options.vector_rate * size}
+    for module in modules:
+        if isinstance(module, QuantizedLinear):
+            unit = module.unit
+            yield {"params": [module.scales, module.zeros], "rate": options.scale_rate * unit}
+            if module.latent is not None:
+                yield {"params": [module.latent], "rate": options.latent_rate * unit}
+        if options.vector_rate:
+            vectors = [p for p in module.parameters(recurse=False) if p.ndim == 1]
+            for vector in vectors:
+                size = float(whole(vector.detach()).abs().mean())
+                yield {"params": [vector], "rate": options.vector_rate * size}
