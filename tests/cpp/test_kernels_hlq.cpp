@@ -1,5 +1,4 @@
 // HLQ matrices on every instruction set this machine can run, against the oracle.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

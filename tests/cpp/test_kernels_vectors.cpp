@@ -1,5 +1,4 @@
 // Dense products, attention and elementwise functions on every instruction set this machine can run.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

@@ -1,4 +1,3 @@
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -367,14 +366,14 @@ struct SoftCase {
   SoftWeights soft;
   std::vector<float> latent, levels, gradient, values, for_latent, for_level;
 
-  SoftCase(int64_t groups, int64_t columns, int level_count, float temperature)
-      : groups(groups),
-        latent(random_weights(groups * columns, 1)),
-        levels(random_weights(groups * level_count, 2)),
-        gradient(random_weights(groups * columns, 3)),
-        values(groups * columns, -9.0f),
-        for_latent(groups * columns, -9.0f),
-        for_level(groups * level_count, -9.0f) {
+  SoftCase(int64_t group_count, int64_t columns, int level_count, float temperature)
+      : groups(group_count),
+        latent(random_weights(group_count * columns, 1)),
+        levels(random_weights(group_count * level_count, 2)),
+        gradient(random_weights(group_count * columns, 3)),
+        values(group_count * columns, -9.0f),
+        for_latent(group_count * columns, -9.0f),
+        for_level(group_count * level_count, -9.0f) {
     for (int64_t group = 0; group < groups; ++group) {
       const auto first = levels.begin() + group * level_count;
       std::sort(first, first + level_count);
