@@ -12,14 +12,15 @@ from elutq.architectures import EngineConfig, block_linears
 from elutq.calibrated import BASE_BYTES, Estimate, check_memory, speed
 from elutq.finetune.end_to_end import activation_bytes, recomputes
 from elutq.finetune.options import FinetuneOptions, TuningText
+from elutq.finetune.soft_weights import PART
 from elutq.scheme import ModelScheme
 from elutq.world import World
 
 # Bytes that go through memory, as `_traffic` measures it, fitted to what `QuantizedLinear` and Adam take.
 _PLANE_BYTES = 25  # per weight and bit plane: to build W~, and as many for the gradients of scales and zeros
 _LEVEL_BYTES = 10  # per weight and level: to find the nearest one of a latent weight
-# Per latent weight, moved in a step and held of the matrix at work, while weights are soft.
-_SOFT_ON_CPU, _SOFT_BY_TORCH = (80, 8), (400, 48)
+# While weights are soft: moved in a step, per latent weight, and held of those at work, by torch.
+_SOFT_ON_CPU, _SOFT_BY_TORCH, _SOFT_HELD = 80, 400, 48
 _ADAM_BYTES = 150  # per parameter and step, with the gradients' norm
 _LOGIT_BYTES = 60  # per logit of both models, softmax and gradient
 
@@ -84,10 +85,10 @@ def estimate(
     heads = (6 if options.objective == "kl" else 4) * at_heads + 14 * reported
     full = length * (active * full_passes + head * heads)
     device = world.device
-    soft_moved, soft_held = _SOFT_ON_CPU if device.type == "cpu" else _SOFT_BY_TORCH
+    soft = _SOFT_ON_CPU if device.type == "cpu" else _SOFT_BY_TORCH
     planes = _PLANE_BYTES * total.planes
     if latent:
-        moved = judged_builds * (planes + _LEVEL_BYTES * total.levels) + steps * soft_moved * total.weights
+        moved = judged_builds * (planes + _LEVEL_BYTES * total.levels) + steps * soft * total.weights
     else:
         moved = (judged_builds + steps * (3 if again else 2)) * planes
     moved += steps * _ADAM_BYTES * trained
@@ -100,7 +101,8 @@ def estimate(
 
     shards = world.size if stage == "e2e" and options.shard else 1
     memory = _memory(stage, engine, total, largest, share * length, latent, again, shards)
-    memory += soft_held * largest_matrix if latent else 0
+    if latent and device.type != "cpu":
+        memory += _SOFT_HELD * min(largest_matrix, PART)
     streams = 4 * windows * length * engine.hidden_size * (3 if stage == "block" else 2)
     if device.type == "cpu" and not offload:
         memory += streams

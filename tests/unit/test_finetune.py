@@ -165,18 +165,21 @@ class TestQuantizedLinear:
         self, bits: int, threads: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        monkeypatch.setattr(soft_weights, "PART", 2 * 3 * 70)
         generator = torch.Generator().manual_seed(10)
         latent, gradient = (torch.randn(5, 3, 70, generator=generator) for _ in range(2))
         levels = torch.randn(5, 3, 2**bits, generator=generator).sort(-1).values
         levels[1, 1, :] = 0.5
         for temperature in (1.0, 0.1, 1e-3):
-            found = soft_weights._values_on_cpu(latent, levels, temperature)
-            expected = soft_weights._values(latent, levels, temperature)
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-            both = soft_weights._gradients_on_cpu(latent, levels, temperature, gradient)
-            others = soft_weights._gradients(latent, levels, temperature, gradient)
-            for found, expected in zip(both, others, strict=True):
-                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            found, expected = (torch.full((2, *latent.shape), -9.0) for _ in range(2))
+            for_levels = torch.full((2, *levels.shape), -9.0)
+            soft_weights._values_on_cpu(latent, levels, temperature, found[0])
+            soft_weights._values(latent, levels, temperature, expected[0])
+            given = latent, levels, temperature, gradient
+            soft_weights._gradients_on_cpu(*given, found[1], for_levels[0])
+            soft_weights._gradients(*given, expected[1], for_levels[1])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(for_levels[0], for_levels[1], rtol=1e-4, atol=1e-4)
 
     def test_gradients_of_8_bit_parameters_pass_the_rounding(self) -> None:
         module = linear(random_matrix(2, 32, param_bits=8), train_codes=False)

@@ -1,5 +1,6 @@
 """Weights between two levels each, for learned rounding, in C++ on CPUs and in torch elsewhere."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from elutq import _core
 
 #: Levels closer than this are one level.
 _LEAST_GAP = 1e-9
+#: Weights that torch works on at a time, with about 48 bytes for each.
+PART = 1 << 24
 
 
 def soft_weights(latent: Tensor, levels: Tensor, temperature: float) -> Tensor:
@@ -40,58 +43,70 @@ class _SoftWeights(torch.autograd.Function):
     def forward(ctx: Any, latent: Tensor, levels: Tensor, temperature: float) -> Tensor:
         ctx.save_for_backward(latent, levels)
         ctx.temperature = temperature
-        if latent.device.type == "cpu":
-            return _values_on_cpu(latent, levels, temperature)
-        return _values(latent, levels, temperature)
+        values = torch.empty_like(latent)
+        find = _values_on_cpu if latent.device.type == "cpu" else _values
+        find(latent, levels, temperature, values)
+        return values
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (latent, levels) = gradients, ctx.saved_tensors
+        found = torch.empty_like(latent), torch.empty_like(levels)
         find = _gradients_on_cpu if latent.device.type == "cpu" else _gradients
-        return *find(latent, levels, ctx.temperature, gradient), None
+        find(latent, levels, ctx.temperature, gradient, *found)
+        return *found, None
 
 
-def _values(latent: Tensor, levels: Tensor, temperature: float) -> Tensor:
-    """The weights, by torch."""
-    _, below, step, x, _ = _between(latent, levels, temperature)
-    return x.sigmoid_().mul_(step).add_(below)
+def _values(latent: Tensor, levels: Tensor, temperature: float, values: Tensor) -> None:
+    """Write the weights, by torch."""
+    for part in _parts(latent):
+        _, below, step, x, _ = _between(latent[part], levels[part], temperature)
+        values[part] = x.sigmoid_().mul_(step).add_(below)
 
 
-def _gradients(latent: Tensor, levels: Tensor, temperature: float, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """For latent weights and levels, from the weights' own, by torch."""
-    rank, _, step, x, slope = _between(latent, levels, temperature)
-    to_above, rest = gradient * torch.sigmoid(x), torch.sigmoid(-x)
-    to_below = gradient * rest
-    for_levels = torch.zeros_like(levels)
-    for i in range(levels.shape[-1] - 1):
-        here = rank == i
-        for_levels[..., i] += (to_below * here).sum(-1)
-        for_levels[..., i + 1] += (to_above * here).sum(-1)
-    return to_above.mul_(rest).mul_(step).mul_(slope), for_levels
+def _gradients(
+    latent: Tensor,
+    levels: Tensor,
+    temperature: float,
+    gradient: Tensor,
+    for_latent: Tensor,
+    for_levels: Tensor,
+) -> None:
+    """Write gradients for latent weights and levels from the weights' own, by torch."""
+    for part in _parts(latent):
+        rank, _, step, x, slope = _between(latent[part], levels[part], temperature)
+        to_above, rest = gradient[part] * torch.sigmoid(x), torch.sigmoid(-x)
+        to_below = gradient[part] * rest
+        for_latent[part] = step.mul_(slope).mul_(rest).mul_(to_above)
+        found = for_levels[part].zero_()
+        for i in range(levels.shape[-1] - 1):
+            here = rank == i
+            found[..., i] += (to_below * here).sum(-1)
+            found[..., i + 1] += (to_above * here).sum(-1)
 
 
-def _values_on_cpu(latent: Tensor, levels: Tensor, temperature: float) -> Tensor:
+def _values_on_cpu(latent: Tensor, levels: Tensor, temperature: float, values: Tensor) -> None:
     """The same in C++, one pass over memory."""
-    found = torch.empty_like(latent)
-    _core.soft_values(_rows(latent), _rows(levels), temperature, _rows(found), torch.get_num_threads())
-    return found
+    _core.soft_values(_rows(latent), _rows(levels), temperature, _rows(values), torch.get_num_threads())
 
 
 def _gradients_on_cpu(
-    latent: Tensor, levels: Tensor, temperature: float, gradient: Tensor
-) -> tuple[Tensor, Tensor]:
+    latent: Tensor,
+    levels: Tensor,
+    temperature: float,
+    gradient: Tensor,
+    for_latent: Tensor,
+    for_levels: Tensor,
+) -> None:
     """The same in C++."""
-    for_latent, for_levels = torch.empty_like(latent), torch.empty_like(levels)
-    _core.soft_gradients(
-        _rows(latent),
-        _rows(levels),
-        temperature,
-        _rows(gradient.contiguous()),
-        _rows(for_latent),
-        _rows(for_levels),
-        torch.get_num_threads(),
-    )
-    return for_latent, for_levels
+    given = _rows(latent), _rows(levels), temperature, _rows(gradient.contiguous())
+    _core.soft_gradients(*given, _rows(for_latent), _rows(for_levels), torch.get_num_threads())
+
+
+def _parts(latent: Tensor) -> Iterator[slice]:
+    """Rows of a matrix that torch works on at a time."""
+    step = max(1, PART // latent[0].numel())
+    return (slice(first, first + step) for first in range(0, len(latent), step))
 
 
 def _rows(tensor: Tensor) -> Any:
