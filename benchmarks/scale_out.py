@@ -5,7 +5,7 @@
 
 One decoder block with random weights, and random tokens. `--stage calibration` is the block walk: streams,
 moments, solves and what the processes tell each other, but not what the first does alone (reading, embedding,
-head, writing). `--stage block` is block reconstruction with latent weights, each window seen once. Every
+head, writing). `--stage block` is block reconstruction, codes too, each window seen once. Every
 process has one thread and is pinned to one core. Runs with 1 and with N processes alternate. Prints one JSON
 object.
 """
@@ -126,7 +126,7 @@ def tuning(
 ) -> Callable[[], float]:
     """Ready to tune the block; gives the relative error of its outputs."""
     text = TuningText(windows, windows[:2], windows[:0])
-    options = TuneOptions(epochs=1, latent_rate=0.01, checks=1)
+    options = TuneOptions(epochs=1, latent_rate=0.05, checks=1)
     tuner = BlockTuner(TuningTask(reader, model, modules, text, options, seed=0, world=world))
     return lambda: tuner.tune(0)[1].after
 

@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
 }
 FEW = FinetuneOptions(
     samples=8,
-    block=TuneOptions(epochs=1, latent_rate=0.015, warmup=1, checks=2),
+    block=TuneOptions(epochs=1, latent_rate=0.02, warmup=1, checks=2),
     e2e=TuneOptions(epochs=1, warmup=1, checks=2),
 )
 VOLATILE = {"quantization_report.json", "quantization_report.html", "quantization_report.png"}
@@ -74,7 +74,7 @@ def test_both_stages_pay_and_the_engine_agrees(
     out = tmp_path / "out"
     options = FinetuneOptions(
         samples=SAMPLES,
-        block=TuneOptions(epochs=3, latent_rate=0.015, warmup=2),
+        block=TuneOptions(epochs=3, latent_rate=0.02, warmup=2),
         e2e=TuneOptions(epochs=3, warmup=2),
     )
     said: list[str] = []
@@ -118,7 +118,7 @@ def test_every_form_of_a_model_is_finetuned(
 def test_a_stage_may_stand_alone(
     stage: str, tmp_path: Path, two_blocks: Path, texts: tuple[Path, list[int]]
 ) -> None:
-    options = replace(FEW, stages=(stage,), e2e=replace(FEW.e2e, latent_rate=0.015))
+    options = replace(FEW, stages=(stage,), e2e=replace(FEW.e2e, latent_rate=0.02))
     report = quantize(
         two_blocks, tmp_path / "out", bits=2, finetune=options, calibration=[str(texts[0])], **SMALL
     )
@@ -156,7 +156,7 @@ def test_neither_the_place_of_activations_nor_their_recomputation_matters(
         FEW,
         objective="lm",
         block=replace(FEW.block, full_share=0.5),
-        e2e=replace(FEW.e2e, latent_rate=0.015),
+        e2e=replace(FEW.e2e, latent_rate=0.02),
     )
     for name, offload in (("memory", False), ("disk", True)):
         report = quantize(
