@@ -21,7 +21,7 @@ _PLANE_BYTES = 25  # per weight and bit plane: to build W~, and as many for the 
 _LEVEL_BYTES = 10  # per weight and level: to find the nearest one of a latent weight
 # While weights are soft: moved in a step, per latent weight, and held of those at work, by torch.
 _SOFT_ON_CPU, _SOFT_BY_TORCH, _SOFT_HELD = 80, 400, 48
-_ADAM_BYTES = 150  # per parameter and step, with the gradients' norm
+_ADAM_BYTES = 50  # per parameter and step, with the gradients' norm
 _LOGIT_BYTES = 60  # per logit of both models, softmax and gradient
 
 _STATE_BYTES = 20  # of a trained parameter: itself, its gradient, two moments, the best that was seen

@@ -46,7 +46,7 @@ class Tuning:
         self.parameters: list[nn.Parameter] = [p for group in self._groups for p in group["params"]]
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        self._optimizer = torch.optim.Adam(self._groups, betas=(0.9, 0.98))
+        self._optimizer = torch.optim.Adam(self._groups, betas=(0.9, 0.98), fused=True)
         self._per_epoch = windows // options.batch
         self.steps = self._per_epoch * options.epochs
         self.step = 0
@@ -169,7 +169,7 @@ class Tuning:
             self.parameters, state["parameters"], state["moments"], strict=True
         ):
             local(parameter).copy_(saved)
-            own = {"step": torch.tensor(float(state["step"]))}
+            own = {"step": torch.tensor(float(state["step"]), device=parameter.device)}
             for name, values in zip(_MOMENTS, moments, strict=True):
                 own[name] = torch.zeros_like(parameter)
                 local(own[name]).copy_(values)
@@ -191,7 +191,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def _squares(tensors: list[Tensor]) -> float:
-    return sum(float(tensor.square().sum(dtype=torch.float64)) for tensor in tensors)
+    return sum(float(torch.linalg.vector_norm(tensor)) ** 2 for tensor in tensors)
 
 
 def _groups(modules: Iterable[nn.Module], options: TuneOptions) -> Iterator[dict[str, Any]]:
