@@ -442,6 +442,7 @@ class TestTuning:
 
         problem.tuning.run(loss, problem.held_out, look)
         # It counts for a tenth of the running mean, which it may exceed threefold.
+        assert norms[4] < 0.5 * 1e4 * norms[3]
         usual = sum(norms[:4]) / 4
         assert max(norms[:4]) < 3 * min(norms[:4])
         assert norms[4] == pytest.approx(3 * 0.1 * 1e4 * usual, rel=0.5)
