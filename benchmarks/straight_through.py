@@ -26,6 +26,9 @@ class StraightThroughLinear(QuantizedLinear):
         latent = self.latent.flatten(1)[:, : self.in_features]
         return hard + (latent - latent.detach())
 
+    def settle(self, distance: float) -> None:
+        """Codes are hard: there is nothing to settle."""
+
 
 @contextmanager
 def straight_through() -> Iterator[None]:

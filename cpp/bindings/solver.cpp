@@ -121,7 +121,8 @@ void choose_columns(const ConstFloats& levels, const ConstBytes& level_codes, co
   elutq::choose_columns(search);
 }
 
-elutq::SoftWeights soft_weights(const ConstFloats& latent, const ConstFloats& levels, float temperature) {
+template <typename Latent>
+elutq::SoftWeights soft_weights(const Latent& latent, const ConstFloats& levels, float temperature) {
   check_shape(levels, static_cast<int64_t>(latent.shape(0)), static_cast<int64_t>(levels.shape(1)), "levels");
   return {static_cast<int64_t>(latent.shape(1)), static_cast<int>(levels.shape(1)), temperature, latent.data(),
           levels.data()};
@@ -149,6 +150,14 @@ void soft_gradients(const ConstFloats& latent, const ConstFloats& levels, float 
   elutq::soft_gradients(soft, groups, gradient.data(), for_latent.data(), for_levels.data(), pool);
 }
 
+void settle(const Floats& latent, const ConstFloats& levels, float distance, int threads) {
+  const elutq::SoftWeights soft = soft_weights(latent, levels, 0.0f);
+  const auto groups = static_cast<int64_t>(latent.shape(0));
+  const nb::gil_scoped_release release;
+  elutq::ThreadPool pool(threads);
+  elutq::settle(soft, groups, distance, latent.data(), pool);
+}
+
 }  // namespace
 
 void bind_solver(nb::module_& m) {
@@ -168,4 +177,6 @@ void bind_solver(nb::module_& m) {
   m.def("soft_gradients", &soft_gradients, nb::arg("latent"), nb::arg("levels"), nb::arg("temperature"),
         nb::arg("gradient"), nb::arg("for_latent").noconvert(), nb::arg("for_levels").noconvert(), nb::arg("threads"),
         "Writes the gradients of soft_values' inputs from those of its weights.");
+  m.def("settle", &settle, nb::arg("latent").noconvert(), nb::arg("levels"), nb::arg("distance"), nb::arg("threads"),
+        "Moves latent weights to the nearest levels of their group, by at most a distance.");
 }

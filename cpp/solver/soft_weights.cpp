@@ -119,6 +119,24 @@ void gradients_of_group(const SoftWeights& soft, int64_t group, const float* gra
   }
 }
 
+template <int kLevels>
+void settle_group(const SoftWeights& soft, int64_t group, float distance, float* settled) {
+  const float* level = soft.level + group * kLevels;
+  for (int64_t column = 0; column < soft.columns; column += kLanes) {
+    const int64_t at = group * soft.columns + column;
+    const int64_t count = soft.columns - column;
+    const Floats latent = load(soft.latent + at, count);
+    Floats nearest = Floats{} + level[0];
+    for (int i = 1; i < kLevels; ++i) {
+      nearest = latent > (level[i - 1] + level[i]) * 0.5f ? Floats{} + level[i] : nearest;
+    }
+    Floats step = nearest - latent;
+    step = step > distance ? Floats{} + distance : step;
+    step = step < -distance ? Floats{} - distance : step;
+    store(latent + step, count, settled + at);
+  }
+}
+
 }  // namespace
 
 void soft_values(const SoftWeights& soft, int64_t first, int64_t last, float* values) {
@@ -137,6 +155,15 @@ void soft_gradients(const SoftWeights& soft, int64_t first, int64_t last, const 
     if (soft.levels == 4) gradients_of_group<4>(soft, group, gradient, for_latent, for_level);
     if (soft.levels == 8) gradients_of_group<8>(soft, group, gradient, for_latent, for_level);
     if (soft.levels == 16) gradients_of_group<16>(soft, group, gradient, for_latent, for_level);
+  }
+}
+
+void settle(const SoftWeights& soft, int64_t first, int64_t last, float distance, float* settled) {
+  for (int64_t group = first; group < last; ++group) {
+    if (soft.levels == 2) settle_group<2>(soft, group, distance, settled);
+    if (soft.levels == 4) settle_group<4>(soft, group, distance, settled);
+    if (soft.levels == 8) settle_group<8>(soft, group, distance, settled);
+    if (soft.levels == 16) settle_group<16>(soft, group, distance, settled);
   }
 }
 

@@ -139,6 +139,9 @@ def soft_gradients(
 ) -> None:
     """Gradients of what `soft_values` was given from those of its weights."""
 
+def settle(latent: NDArray[np.float32], levels: NDArray[np.float32], distance: float, threads: int) -> None:
+    """Move latent weights to the nearest levels of their group, by at most a distance."""
+
 def squared_error(
     weights: NDArray[np.generic],
     type: str,  # noqa: A002

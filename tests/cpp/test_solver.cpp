@@ -455,6 +455,42 @@ TEST_CASE("soft weights and their gradients are those of the formula, to the sam
   }
 }
 
+TEST_CASE("latent weights settle on the nearest levels, to the same bits by all instruction sets") {
+  auto builds = std::vector{solver_generic::settle};
+#if defined(__x86_64__)
+  if (cpu_features().avx2) builds.push_back(solver_avx2::settle);
+  if (cpu_features().avx512) builds.push_back(solver_avx512::settle);
+#endif
+  for (const int levels : {2, 4, 8, 16}) {
+    for (const int64_t columns : {1, 32, 70, 128}) {
+      for (const float distance : {0.0f, 0.05f, 10.0f}) {
+        CAPTURE(levels);
+        CAPTURE(columns);
+        CAPTURE(distance);
+        const SoftCase c(7, columns, levels, 0.0f);
+        std::vector<float> expected = c.latent;
+        for (int64_t at = 0; at < c.groups * columns; ++at) {
+          const float* level = c.levels.data() + at / columns * levels;
+          const auto nearer = [&](float a, float b) { return std::abs(a - c.latent[at]) < std::abs(b - c.latent[at]); };
+          const float nearest = *std::min_element(level, level + levels, nearer);
+          expected[at] += std::clamp(nearest - c.latent[at], -distance, distance);
+        }
+        for (const int threads : {1, 3}) {
+          ThreadPool pool(threads);
+          SoftCase found(7, columns, levels, 0.0f);
+          settle(found.soft, found.groups, distance, found.latent.data(), pool);
+          CHECK(found.latent == expected);
+        }
+        for (const auto& build : builds) {
+          SoftCase found(7, columns, levels, 0.0f);
+          build(found.soft, 0, 7, distance, found.values.data());
+          CHECK(found.values == expected);
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("soft weights of other numbers of levels, or without a temperature, are refused") {
   ThreadPool pool(1);
   SoftCase c(2, 8, 4, 0.2f);
@@ -462,6 +498,10 @@ TEST_CASE("soft weights of other numbers of levels, or without a temperature, ar
     SoftWeights soft = c.soft;
     soft.levels = levels;
     CHECK_THROWS_AS(soft_values(soft, 2, c.values.data(), pool), std::invalid_argument);
+    CHECK_THROWS_AS(settle(soft, 2, 0.1f, c.values.data(), pool), std::invalid_argument);
+  }
+  for (const float distance : {-1.0f, std::nanf("")}) {
+    CHECK_THROWS_AS(settle(c.soft, 2, distance, c.values.data(), pool), std::invalid_argument);
   }
   for (const float temperature : {0.0f, -1.0f, std::nanf("")}) {
     SoftWeights soft = c.soft;

@@ -21,7 +21,8 @@ own_windows = pytest.importorskip("elutq.finetune.task").own_windows
 objective = pytest.importorskip("elutq.finetune.objective")
 soft_weights = pytest.importorskip("elutq.finetune.soft_weights")
 QuantizedLinear = pytest.importorskip("elutq.finetune.quantized_linear").QuantizedLinear
-Tuning = pytest.importorskip("elutq.finetune.tuning").Tuning
+tuning = pytest.importorskip("elutq.finetune.tuning")
+Tuning = tuning.Tuning
 
 CPU = torch.device("cpu")
 
@@ -180,6 +181,12 @@ class TestQuantizedLinear:
             soft_weights._gradients(*given, expected[1], for_levels[1])
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(for_levels[0], for_levels[1], rtol=1e-4, atol=1e-4)
+        for distance in (0.0, 0.1, 9.0):
+            by_c, by_torch = latent.clone(), latent.clone()
+            soft_weights.settle(by_c, levels, distance)
+            soft_weights._settle(by_torch, levels, distance)
+            assert (by_c == by_torch).all()
+            assert (by_c != latent).any() == (distance > 0)
 
     def test_gradients_of_8_bit_parameters_pass_the_rounding(self) -> None:
         module = linear(random_matrix(2, 32, param_bits=8), train_codes=False)
@@ -228,6 +235,33 @@ class TestQuantizedLinear:
         for module.temperature in (1.0, 0.1, 0.01, 1e-6):
             distances.append(float((module.weight().detach() - hard).abs().mean()))
         assert distances[0] > distances[1] > distances[2] > 100 * distances[3]
+
+    @pytest.mark.parametrize("param_bits", [16, 8])
+    @pytest.mark.parametrize("uniform", [False, True])
+    def test_latent_weights_settle_on_the_nearest_levels(self, uniform: bool, param_bits: int) -> None:
+        weight = np.random.default_rng(8).normal(0, 0.1, (6, 96)).astype(np.float32)
+        matrix = hlq.fit(weight, 2, 32, method="uniform" if uniform else "hlq")
+        if param_bits == 8:
+            matrix = hlq.to_8bit(weight, matrix)
+        module = QuantizedLinear(matrix, None, CPU, train_codes=True, uniform=uniform)
+        generator = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            module.latent += 0.2 * module.unit * torch.randn(module.latent.shape, generator=generator)
+        hard, before = module.weight().detach(), module.latent.detach().clone()
+        module.settle(0.1)
+        moved = (module.latent - before).abs()
+        assert 0.05 * module.unit < moved.mean() < moved.max() < 0.1001 * module.unit
+        for _ in range(20):
+            module.settle(0.1)
+        torch.testing.assert_close(module.weight(), hard)
+        module.temperature = 0.05
+        torch.testing.assert_close(module.weight(), hard, rtol=0, atol=0.01 * module.unit)
+
+    def test_fixed_codes_have_nothing_to_settle(self) -> None:
+        module = linear(random_matrix(2, 32), train_codes=False)
+        before = module.weight().detach()
+        module.settle(0.1)
+        assert (module.weight() == before).all()
 
     def test_it_is_a_linear_module(self) -> None:
         matrix, bias = random_matrix(3, 32), torch.nn.Parameter(torch.arange(6.0))
@@ -289,6 +323,23 @@ class TestTuning:
         assert problem.tuning.best == problem.held_out() < 0.9 * before
         assert problem.tuning.step == problem.tuning.steps == 64
         assert not any(parameter.requires_grad for parameter in problem.tuning.parameters)
+
+    def test_the_pull_decides_between_two_levels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        undecided = []
+        monkeypatch.setattr(tuning, "_LEAST_BITS_PULLED", 2)
+        for pull in (0.0, tuning._PULL, 2.0):
+            monkeypatch.setattr(tuning, "_PULL", pull)
+            options = replace(OPTIONS, epochs=32, latent_rate=0.05, scale_rate=0.0, patience=99)
+            problem = Problem(options)
+            problem.target += 0.5 * problem.module.unit  # fits best in the middle
+            kept = iter(range(99, 0, -1))  # the last
+            problem.tuning.run(problem.loss, lambda kept=kept: float(next(kept)))
+            hard, problem.module.temperature = problem.module.weight(), 0.2
+            distance = (problem.module.weight() - hard).abs() / problem.module.unit
+            undecided.append(float((distance > 0.1).float().mean()))
+        assert undecided[0] > undecided[1] > undecided[2]
+        assert undecided[0] > 0.3
+        assert undecided[2] < 0.05
 
     def test_codes_stay_where_they_are_not_trained(self) -> None:
         problem = Problem(replace(OPTIONS, latent_rate=0.0), train_codes=False)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from elutq import hlq
-from elutq.finetune.soft_weights import count_below, soft_weights
+from elutq.finetune.shards import local
+from elutq.finetune.soft_weights import count_below, settle, soft_weights
 from elutq.packing import HlqMatrix, pack_codes, unpack_codes
 from elutq.scheme import QuantScheme
 
@@ -34,6 +35,7 @@ class QuantizedLinear(nn.Module):
         latent: float32 [out_features, groups, columns per group], or None when codes are not trained.
         fixed_codes: uint8, the same shape, or None when they are. A parameter without gradient, not a buffer,
             so that FSDP shards it.
+        bits: of a code.
         unit: mean distance between levels at the beginning, which rates are relative to.
         temperature: of soft weights; 0: they are hard, and latent weights have no gradient.
     """
@@ -49,7 +51,7 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self._group_size, self._row_scales = matrix.group_size, matrix.row_scales
-        self.in_features, self.out_features = matrix.in_features, matrix.out_features
+        self.in_features, self.out_features, self.bits = matrix.in_features, matrix.out_features, matrix.bits
         columns = QuantScheme(matrix.bits, matrix.group_size).columns_per_group(matrix.in_features)
         groups = matrix.zeros.shape[1]
         unit = np.float32(1) if matrix.row_scales is None else matrix.row_scales.astype(np.float32)[:, None]
@@ -91,6 +93,19 @@ class QuantizedLinear(nn.Module):
         else:
             values = _values(self._codes(scales, zeros), scales, zeros)
         return values.flatten(1)[:, : self.in_features]
+
+    @torch.no_grad()
+    def settle(self, distance: float) -> None:
+        """Move latent weights to the levels nearest to them, by at most `distance` times `unit`.
+
+        Levels count as they are, not as they will be stored: of those, a shard does not know its rows.
+        """
+        if self.latent is None:
+            return
+        scales, zeros = local(self.scales), local(self.zeros)
+        if self._powers is not None:
+            scales = scales * self._powers
+        settle(local(self.latent), _levels(scales, zeros)[0], distance * self.unit)
 
     @torch.no_grad()
     def matrix(self) -> HlqMatrix:

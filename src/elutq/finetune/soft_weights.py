@@ -36,6 +36,21 @@ def soft_weights(latent: Tensor, levels: Tensor, temperature: float) -> Tensor:
     return weights
 
 
+@torch.no_grad()
+def settle(latent: Tensor, levels: Tensor, distance: float) -> None:
+    """Move each latent weight to the level nearest to it, by at most `distance`.
+
+    Args:
+        latent: float32 [out_features, groups, columns]; written to.
+        levels: float32 [out_features, groups, 2^bits], ascending.
+        distance: at least 0.
+    """
+    if latent.device.type == "cpu":
+        _core.settle(_rows(latent), _rows(levels), distance, torch.get_num_threads())
+    else:
+        _settle(latent, levels, distance)
+
+
 class _SoftWeights(torch.autograd.Function):
     """Keeps nothing but its inputs for the way back."""
 
@@ -101,6 +116,14 @@ def _gradients_on_cpu(
     """The same in C++."""
     given = _rows(latent), _rows(levels), temperature, _rows(gradient.contiguous())
     _core.soft_gradients(*given, _rows(for_latent), _rows(for_levels), torch.get_num_threads())
+
+
+def _settle(latent: Tensor, levels: Tensor, distance: float) -> None:
+    """Move latent weights to levels, by torch."""
+    borders = (levels[..., 1:] + levels[..., :-1]) / 2
+    for part in _parts(latent):
+        nearest = levels[part].gather(-1, count_below(borders[part], latent[part]))
+        latent[part] += (nearest - latent[part]).clamp_(-distance, distance)
 
 
 def _parts(latent: Tensor) -> Iterator[slice]:

@@ -11,11 +11,18 @@ from torch.distributed.tensor import DTensor
 from elutq.errors import TensorValueError
 from elutq.finetune.options import TuneOptions
 from elutq.finetune.quantized_linear import QuantizedLinear
+from elutq.finetune.shards import local, whole
 from elutq.world import World
 
 #: Temperatures of soft codes in the first step and in the end; between them the logarithm falls by the cube
 #: of the share of steps done: codes stay soft for long.
 _TEMPERATURES = (0.2, 1e-3)
+#: How far latent weights are pulled to their nearest levels in the last step, relative to their rate; in each
+#: before, in proportion to the share of steps done. Without it those that fit best between two levels stay
+#: there however steep the way from one to the other has become, and are rounded in the end.
+_PULL = 0.2
+#: With fewer bits it does not pay: the first block gains, all others lose a little (`docs/lab.md`).
+_LEAST_BITS_PULLED = 3
 #: What Adam keeps of each parameter.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -113,6 +120,10 @@ class Tuning:
             for gradient in gradients:
                 gradient.mul_(options.clip * self._norm / norm)
         self._optimizer.step()
+        pull = _PULL * self.step / self.steps * options.latent_rate * fraction
+        for linear in self._linears:
+            if linear.bits >= _LEAST_BITS_PULLED:
+                linear.settle(pull)
         self.step += 1
 
     @property
@@ -176,18 +187,6 @@ class Tuning:
             self._optimizer.state[parameter] = own
         self.step = state["step"]
         self._norm, self.start, self.best, self._misses = state["numbers"]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor; all of it where it is not sharded."""
-    shard: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return shard
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, in every process."""
-    full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full
 
 
 def _squares(tensors: list[Tensor]) -> float:
