@@ -52,6 +52,7 @@ class RandomModel:
             f"{name}.weight": (rows, columns) for name, rows, columns in block_linears(self.engine)
         }
         outer = (self.engine.vocab_size, self.engine.hidden_size)
+        self._quantized: dict[str, HlqMatrix] = {}
         self._shapes |= {"model.embed_tokens.weight": outer, "lm_head.weight": outer}
 
     def read_float32(self, name: str, rows: slice = slice(None)) -> NDArray[np.float32]:
@@ -64,7 +65,12 @@ class RandomModel:
         return random.standard_normal((stop - first, columns), np.float32) * np.float32(columns**-0.5)
 
     def read_hlq(self, module: str) -> HlqMatrix:
-        """The same, quantized without data on a uniform grid."""
+        """The same, quantized without data on a uniform grid; kept."""
+        if module not in self._quantized:
+            self._quantized[module] = self._quantize(module)
+        return self._quantized[module]
+
+    def _quantize(self, module: str) -> HlqMatrix:
         return hlq.fit(self.read_float32(f"{module}.weight"), 2, 128, method="uniform")
 
     def release(self, name: str) -> None:
@@ -127,6 +133,8 @@ def tuning(
     """Ready to tune the block; gives the relative error of its outputs."""
     text = TuningText(windows, windows[:2], windows[:0])
     options = TuneOptions(epochs=1, latent_rate=0.05, checks=1)
+    for module in modules:  # where it would be read from a folder
+        model.read_hlq(module)
     tuner = BlockTuner(TuningTask(reader, model, modules, text, options, seed=0, world=world))
     return lambda: tuner.tune(0)[1].after
 
