@@ -102,7 +102,8 @@ def _gradients(
 
 def _values_on_cpu(latent: Tensor, levels: Tensor, temperature: float, values: Tensor) -> None:
     """The same in C++, one pass over memory."""
-    _core.soft_values(_rows(latent), _rows(levels), temperature, _rows(values), torch.get_num_threads())
+    # A copy: FSDP cannot free storage that NumPy has seen.
+    _core.soft_values(_rows(latent.clone()), _rows(levels), temperature, _rows(values), torch.get_num_threads())
 
 
 def _gradients_on_cpu(
@@ -114,7 +115,7 @@ def _gradients_on_cpu(
     for_levels: Tensor,
 ) -> None:
     """The same in C++."""
-    given = _rows(latent), _rows(levels), temperature, _rows(gradient.contiguous())
+    given = _rows(latent.clone()), _rows(levels), temperature, _rows(gradient.contiguous())
     _core.soft_gradients(*given, _rows(for_latent), _rows(for_levels), torch.get_num_threads())
 
 
