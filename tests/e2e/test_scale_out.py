@@ -162,7 +162,7 @@ from elutq.quantize import quantize
 
 tune = TuneOptions(epochs=3, latent_rate=0.05, warmup=1, checks=2)
 quantize(
-    sys.argv[1], sys.argv[2], bits=3, calibration=[sys.argv[3]], calibration_samples=8, calibration_length=64,
+    sys.argv[1], sys.argv[2], calibration=[sys.argv[3]], calibration_samples=8, calibration_length=64,
     threads=1, finetune=FinetuneOptions(samples=8, block=tune, e2e=tune, shard=True),
 )
 """
