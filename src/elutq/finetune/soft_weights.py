@@ -102,7 +102,7 @@ def _gradients(
 
 def _values_on_cpu(latent: Tensor, levels: Tensor, temperature: float, values: Tensor) -> None:
     """The same in C++, one pass over memory."""
-    # A copy: FSDP cannot free storage that NumPy has seen.
+    # A copy, as in the gradients: FSDP cannot free storage that NumPy has seen.
     _core.soft_values(
         _rows(latent.clone()), _rows(levels), temperature, _rows(values), torch.get_num_threads()
     )
