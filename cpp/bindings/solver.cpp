@@ -12,6 +12,7 @@
 #include "bindings/bindings.h"
 #include "bindings/hlq_matrix.h"
 #include "solver/choose_columns.h"
+#include "solver/dequantize.h"
 #include "solver/hlq_fit.h"
 #include "solver/learned_rounding.h"
 #include "solver/squared_error.h"
@@ -70,6 +71,28 @@ float fit(const Weights& weights, const std::string& type, int64_t group_size, c
   return elutq::fit_hlq(problem, output, pool);
 }
 
+template <typename Array>
+void check_shape(const Array& array, int64_t rows, int64_t columns, const char* name) {
+  if (static_cast<int64_t>(array.shape(0)) != rows || static_cast<int64_t>(array.shape(1)) != columns) {
+    throw std::invalid_argument(std::string(name) + " must be " + std::to_string(rows) + " by " +
+                                std::to_string(columns));
+  }
+}
+
+void dequantize(nb::handle matrix, const Floats& values, int threads) {
+  const HlqMatrix arrays(matrix);
+  const auto& [shape, planes, scales, zeros, row_scales] = arrays.view();
+  check_shape(values, shape.out_features, shape.in_features, "values");
+  elutq::FitProblem problem;
+  problem.out_features = shape.out_features;
+  problem.in_features = shape.in_features;
+  problem.bits = shape.bits;
+  problem.group_size = shape.group_size;
+  const nb::gil_scoped_release release;
+  elutq::ThreadPool pool(threads);
+  elutq::dequantize(problem, {planes, scales, zeros, row_scales}, values.data(), pool);
+}
+
 std::pair<double, double> squared_error(const Weights& weights, const std::string& type, nb::handle matrix,
                                         int threads) {
   const HlqMatrix arrays(matrix);
@@ -83,14 +106,6 @@ std::pair<double, double> squared_error(const Weights& weights, const std::strin
   elutq::ThreadPool pool(threads);
   const elutq::SquaredError sums = elutq::squared_error(problem, {planes, scales, zeros, row_scales}, pool);
   return {sums.error, sums.norm};
-}
-
-template <typename Array>
-void check_shape(const Array& array, int64_t rows, int64_t columns, const char* name) {
-  if (static_cast<int64_t>(array.shape(0)) != rows || static_cast<int64_t>(array.shape(1)) != columns) {
-    throw std::invalid_argument(std::string(name) + " must be " + std::to_string(rows) + " by " +
-                                std::to_string(columns));
-  }
 }
 
 void choose_columns(const ConstFloats& levels, const ConstBytes& level_codes, const ConstFloats& matrix,
@@ -164,6 +179,8 @@ void bind_solver(nb::module_& m) {
   m.def("fit_hlq", &fit, nb::arg("weights"), nb::arg("type"), nb::arg("group_size"), nb::arg("method"),
         nb::arg("importance").none(), nb::arg("planes"), nb::arg("scales"), nb::arg("zeros"), nb::arg("threads"),
         "Quantizes weights into planes, scales and zeros; returns the largest magnitude, NaN when a weight is NaN.");
+  m.def("dequantize", &dequantize, nb::arg("matrix"), nb::arg("values").noconvert(), nb::arg("threads"),
+        "Writes what a quantized matrix stands for.");
   m.def("squared_error", &squared_error, nb::arg("weights"), nb::arg("type"), nb::arg("matrix"), nb::arg("threads"),
         "Returns ||W - W~||^2 and ||W||^2 of weights and their quantized form.");
   m.def("choose_columns", &choose_columns, nb::arg("levels"), nb::arg("level_codes"), nb::arg("matrix"),

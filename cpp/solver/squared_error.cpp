@@ -1,7 +1,6 @@
 #include "solver/squared_error.h"
 
 #include <algorithm>
-#include <array>
 #include <vector>
 
 #include "base/half.h"
@@ -9,17 +8,8 @@
 namespace elutq {
 namespace {
 
-constexpr int kBlock = 8;  // columns that share a byte of each plane
+constexpr int kBlock = 8;
 constexpr int64_t kRowsPerPart = 16;
-
-/// Bit j of each byte as a number: a plane adds kBits[byte][j] * scale, which is exact.
-constexpr auto kBits = [] {
-  std::array<std::array<float, kBlock>, 256> bits{};
-  for (int byte = 0; byte < 256; ++byte) {
-    for (int j = 0; j < kBlock; ++j) bits[byte][j] = static_cast<float>(byte >> j & 1);
-  }
-  return bits;
-}();
 
 void load_row(const FitProblem& problem, int64_t row, float* to) {
   const int64_t count = problem.in_features;
@@ -35,47 +25,22 @@ void load_row(const FitProblem& problem, int64_t row, float* to) {
   }
 }
 
-/// Element `index` of scales or zeros, which hold fp16 or, `in_bytes`, Byte.
-template <typename Byte>
-float parameter(const void* values, int64_t index, bool in_bytes) {
-  if (in_bytes) return static_cast<float>(static_cast<const Byte*>(values)[index]);
-  return half_to_float(static_cast<const uint16_t*>(values)[index]);
-}
-
-/// Sums over rows [row_begin, row_end). The eight columns of a byte add up side by side.
+/// Sums over rows [row_begin, row_end). Eight columns add up side by side.
 SquaredError add_rows(const FitProblem& problem, const QuantizedView& matrix, int64_t row_begin, int64_t row_end) {
-  const int64_t columns = problem.in_features;
-  const int64_t row_bytes = (columns + kBlock - 1) / kBlock;
-  const int64_t groups = (columns + problem.group_size - 1) / problem.group_size;
-  const bool in_bytes = matrix.row_scales != nullptr;
-  std::vector<float> exact(row_bytes * kBlock, 0.0f);
+  const int64_t padded = (problem.in_features + kBlock - 1) / kBlock * kBlock;
+  std::vector<float> exact(padded, 0.0f);
+  std::vector<float> values(padded);
   double error[kBlock] = {};
   double norm[kBlock] = {};
   for (int64_t row = row_begin; row < row_end; ++row) {
     load_row(problem, row, exact.data());
-    const float row_scale = in_bytes ? half_to_float(matrix.row_scales[row]) : 1.0f;
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t index = row * groups + group;
-      const float zero = parameter<int8_t>(matrix.zeros, index, in_bytes);
-      float scales[kSearchMaxBits];
-      for (int p = 0; p < problem.bits; ++p) {
-        scales[p] = parameter<uint8_t>(matrix.scales, index * problem.bits + p, in_bytes);
-      }
-      const int64_t end = std::min(columns, (group + 1) * problem.group_size);
-      for (int64_t column = group * problem.group_size; column < end; column += kBlock) {
-        float value[kBlock];
-        for (int j = 0; j < kBlock; ++j) value[j] = zero;
-        for (int p = 0; p < problem.bits; ++p) {
-          const uint8_t byte = matrix.planes[(p * problem.out_features + row) * row_bytes + column / kBlock];
-          for (int j = 0; j < kBlock; ++j) value[j] += kBits[byte][j] * scales[p];
-        }
-        for (int64_t j = end - column; j < kBlock; ++j) value[j] = 0.0f;  // past the last column
-        const float* w = exact.data() + column;
-        for (int j = 0; j < kBlock; ++j) {
-          const double difference = static_cast<double>(w[j]) - static_cast<double>(row_scale * value[j]);
-          error[j] += difference * difference;
-          norm[j] += static_cast<double>(w[j]) * static_cast<double>(w[j]);
-        }
+    dequantize_row(problem, matrix, row, values.data());
+    for (int64_t column = 0; column < padded; column += kBlock) {
+      for (int j = 0; j < kBlock; ++j) {
+        const double w = exact[column + j];
+        const double difference = w - static_cast<double>(values[column + j]);
+        error[j] += difference * difference;
+        norm[j] += w * w;
       }
     }
   }

@@ -1,19 +1,10 @@
 #pragma once
 
-#include <cstdint>
-
 #include "base/thread_pool.h"
+#include "solver/dequantize.h"
 #include "solver/hlq_fit.h"
 
 namespace elutq {
-
-/// The quantized form of a matrix: with parameters of fp16, as fit_hlq makes them, or of 8 bits under a scale per row.
-struct QuantizedView {
-  const uint8_t* planes = nullptr;       ///< [bits][out_features][ceil(in_features / 8)]
-  const void* scales = nullptr;          ///< fp16 or uint8 [out_features][groups][bits]
-  const void* zeros = nullptr;           ///< fp16 or int8 [out_features][groups]
-  const uint16_t* row_scales = nullptr;  ///< fp16 [out_features], or nullptr when parameters are fp16
-};
 
 struct SquaredError {
   double error = 0.0;  ///< sum of (w - w~)^2

@@ -142,6 +142,9 @@ def soft_gradients(
 def settle(latent: NDArray[np.float32], levels: NDArray[np.float32], distance: float, threads: int) -> None:
     """Move latent weights to the nearest levels of their group, by at most a distance."""
 
+def dequantize(matrix: HlqMatrix, values: NDArray[np.float32], threads: int) -> None:
+    """Write what a quantized matrix stands for."""
+
 def squared_error(
     weights: NDArray[np.generic],
     type: str,  # noqa: A002

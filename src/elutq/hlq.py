@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from elutq.byte_parameters import round_to_bytes
 from elutq.errors import InvalidArgumentError, TensorShapeError, TensorValueError
-from elutq.packing import HlqMatrix, pack_codes, patterns, unpack_codes
+from elutq.packing import HlqMatrix, pack_codes, patterns
 from elutq.scheme import QuantScheme
 
 Floats = NDArray[np.float64]
@@ -193,21 +193,21 @@ def to_8bit(
     return HlqMatrix(**arrays, in_features=columns, group_size=matrix.group_size)
 
 
-def dequantize(matrix: HlqMatrix) -> NDArray[np.float32]:
+def dequantize(matrix: HlqMatrix, *, threads: int | None = None) -> NDArray[np.float32]:
     """The matrix w = zeros + sum_p scales[p] * bit_p, times the row's scale if there is one.
+
+    Args:
+        matrix: the quantized form.
+        threads: all CPUs by default.
 
     Returns:
         float32 (out_features, in_features), by rules F28 and F34 of the format.
     """
-    columns = np.arange(matrix.in_features)
-    group = columns // (matrix.in_features if matrix.group_size == -1 else matrix.group_size)
-    codes = unpack_codes(matrix.planes, matrix.in_features)
-    result = matrix.zeros.astype(np.float32)[:, group]
-    for p in range(matrix.bits):
-        result += matrix.scales[:, :, p].astype(np.float32)[:, group] * (codes >> p & 1)
-    if matrix.row_scales is not None:
-        result *= matrix.row_scales.astype(np.float32)[:, None]
-    return result
+    from elutq import _core
+
+    values = np.empty((matrix.out_features, matrix.in_features), np.float32)
+    _core.dequantize(matrix, values, threads or len(os.sched_getaffinity(0)))
+    return values
 
 
 def relative_error(weight: NDArray[np.float32], matrix: HlqMatrix) -> float:
