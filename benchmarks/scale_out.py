@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,81 +24,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from random_block import Memory, RandomModel
 
-from elutq import hlq
-from elutq.architectures import block_linears, engine_config
+from elutq.architectures import block_linears
 from elutq.bench import source_commit
 from elutq.blocks import BlockReader
 from elutq.finetune.block import BlockTuner
 from elutq.finetune.options import TuneOptions, TuningText
 from elutq.finetune.task import TuningTask
 from elutq.gptq import SolverOptions
-from elutq.layerwise import LayerwiseQuantizer, Outcome
-from elutq.packing import HlqMatrix
+from elutq.layerwise import LayerwiseQuantizer
 from elutq.runtime import cpu_name
 from elutq.scheme import QuantScheme
 from elutq.shapes import SHAPES
 from elutq.world import World
-
-
-class RandomModel:
-    """One block of a shape, as a source of weights."""
-
-    def __init__(self, shape: str) -> None:
-        self.config = {**SHAPES[shape], "num_hidden_layers": 1}
-        self.engine = engine_config(self.config)
-        self._shapes = {
-            f"{name}.weight": (rows, columns) for name, rows, columns in block_linears(self.engine)
-        }
-        outer = (self.engine.vocab_size, self.engine.hidden_size)
-        self._quantized: dict[str, HlqMatrix] = {}
-        self._shapes |= {"model.embed_tokens.weight": outer, "lm_head.weight": outer}
-
-    def read_float32(self, name: str, rows: slice = slice(None)) -> NDArray[np.float32]:
-        """Normal numbers that keep outputs as large as inputs, others for each first row; ones for a norm."""
-        if name not in self._shapes:
-            return np.ones(self.engine.hidden_size, np.float32)[rows]
-        count, columns = self._shapes[name]
-        first, stop, _ = rows.indices(count)
-        random = np.random.default_rng([zlib.crc32(name.encode()), first])
-        return random.standard_normal((stop - first, columns), np.float32) * np.float32(columns**-0.5)
-
-    def read_hlq(self, module: str) -> HlqMatrix:
-        """The same, quantized without data on a uniform grid; kept."""
-        if module not in self._quantized:
-            self._quantized[module] = self._quantize(module)
-        return self._quantized[module]
-
-    def _quantize(self, module: str) -> HlqMatrix:
-        return hlq.fit(self.read_float32(f"{module}.weight"), 2, 128, method="uniform")
-
-    def release(self, name: str) -> None:
-        """Nothing is kept."""
-
-
-class Memory:
-    """A store that keeps nothing but the names."""
-
-    def __init__(self) -> None:
-        self._names: set[str] = set()
-
-    def __contains__(self, module: object) -> bool:
-        return module in self._names
-
-    def get(self, module: str) -> HlqMatrix | None:
-        """Nothing is read back."""
-
-    def put(self, module: str, matrix: HlqMatrix, outcome: Outcome, error: tuple[float, float]) -> None:
-        """Remember the name."""
-        self._names.add(module)
-
-    def outcome(self, module: str) -> Outcome:
-        """Not kept."""
-        raise KeyError(module)
-
-    def flush(self) -> None:
-        """Nothing to do."""
-
 
 Modules = list[str]
 Windows = NDArray[np.int64]

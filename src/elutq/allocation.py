@@ -22,7 +22,7 @@ from elutq import hlq
 from elutq.architectures import EngineConfig
 from elutq.blocks import BlockReader
 from elutq.budget import Option, Target, allocate
-from elutq.calibrated import Estimate, check_memory, speed
+from elutq.calibrated import Estimate, check_memory, place, speed
 from elutq.checkpoint import Checkpoint, TensorInfo, model_parts, weight_bytes, write_atomically
 from elutq.errors import InvalidArgumentError
 from elutq.importance import input_importance
@@ -145,8 +145,8 @@ class Allocation:
         if measured is None:
             chosen, folder = choose_device(device), out.parent if offload else None
             out.parent.mkdir(parents=True, exist_ok=True)
-            needed = _estimate(self._engine, self._units, windows.size, chosen, offload)
-            check_memory(needed, offload, chosen)
+            needed = _estimate(self._engine, self._units, windows.size, chosen)
+            check_memory(needed, folder, chosen)
             announce(
                 f"measuring the sensitivity of {len(self._units)} matrices on {windows.size} tokens, "
                 f"{chosen.type}: about {max(1, round(needed.seconds / 60))} min"
@@ -159,7 +159,7 @@ class Allocation:
                 partial(_fit, columns, method, threads),
                 columns,
                 device=chosen,
-                offload=folder,
+                place=place(needed, folder, chosen),
             )
             _remember(self._memory, digest, measured)
         losses = [measured[unit.name].losses() for unit in self._units]
@@ -234,9 +234,7 @@ def _fit(
     )
 
 
-def _estimate(
-    engine: EngineConfig, found: Sequence[Unit], tokens: int, device: torch.device, offload: bool
-) -> Estimate:
+def _estimate(engine: EngineConfig, found: Sequence[Unit], tokens: int, device: torch.device) -> Estimate:
     """Count operations and bytes, as the module docstring of `elutq.sensitivity` does."""
     block = sum(unit.weights for unit in found) // engine.num_hidden_layers
     active = block * engine.num_experts_per_tok // engine.num_experts if engine.num_experts else block
@@ -247,8 +245,8 @@ def _estimate(
     at_end = 2 * head + 4 * LENGTH * engine.vocab_size
     return Estimate(
         seconds=2.0 * tokens * (passes * active + (len(found) + 1) * head) / speed(device),
-        memory_bytes=4 * max(in_walk, at_end) + (0 if offload else streams),
-        offload_bytes=streams if offload else 0,
+        memory_bytes=4 * max(in_walk, at_end),
+        activation_bytes=streams,
     )
 
 

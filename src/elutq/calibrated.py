@@ -4,7 +4,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from elutq.blocks import BlockReader, WeightSource
 from elutq.calibration import Calibration
 from elutq.checkpoint import CheckpointWriter, Part
 from elutq.errors import InsufficientMemoryError, InvalidArgumentError
-from elutq.gptq import GPTQ, PUBLISHED, SolverOptions
-from elutq.layerwise import BlockOutcome, HeldOut, LayerwiseQuantizer, Outcome
+from elutq.gptq import GPTQ, PUBLISHED, SolverOptions, weights_at_once
+from elutq.layerwise import BlockOutcome, HeldOut, LayerwiseQuantizer, Outcome, Place
 from elutq.packing import HlqMatrix
+from elutq.precision import products_in_tf32
 from elutq.world import World
 
 METHODS: Mapping[str, SolverOptions] = {
@@ -33,20 +34,28 @@ METHODS: Mapping[str, SolverOptions] = {
 #: `hlq-gptq` in a hurry.
 FAST = SolverOptions(rounds=2)
 
-# What the estimates rest on: rough figures of two cores (`benchmarks/quantize_memory.py` shows what is true).
-_PROBE = 1536  # side of the matrices that are multiplied to see how fast that is
+# What the estimates rest on: rough figures of two cores (`benchmarks/quantize_memory.py` shows what is true),
+# and of an H200 (`benchmarks/one_block.py`).
+_PROBE, _PROBE_ON_GPU = 1536, 8192  # side of the matrices that are multiplied to see how fast that is
 _COLUMN_SECONDS = 90e-6  # one column of up to 4096 rows in one pass over the codes
+_COLUMN_SECONDS_ON_GPU = 23e-6  # however many rows, with what the CPU does for it
 BASE_BYTES = 700 << 20  # Python, torch and transformers themselves
 _SOLVER_COPIES = 8  # float32 arrays of a piece of a matrix that the solver holds
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What calibrated quantization will need, roughly: time, memory, and disk for activations."""
+    """What some work will need, roughly, in each process.
+
+    Attributes:
+        seconds: time.
+        memory_bytes: of the device, beside activations.
+        activation_bytes: of activations, which `place` finds a place for.
+    """
 
     seconds: float
     memory_bytes: int
-    offload_bytes: int
+    activation_bytes: int
 
 
 class CalibratedJob:
@@ -86,14 +95,14 @@ class CalibratedJob:
         threads: int | None,
         progress: Callable[[int, str], None],
     ) -> None:
-        self._threads = threads or world.threads
+        self._threads, self._world = threads or world.threads, world
         in_blocks = {linear.name for linear in block_linears(source.engine)}
         self._schemes = {part.name: part.scheme for part in parts if part.scheme and part.name in in_blocks}
         self._engine = source.engine
         self._store = _Store(world, writer, {part.name: part for part in parts})
         self.blocks: list[BlockOutcome] = []
-        with torch_threads(self._threads):
-            self.estimate = estimate(source.engine, calibration, options, world, offload is not None)
+        with self._settings():
+            self.estimate = estimate(source.engine, calibration, options, world)
         world.everywhere(lambda: self._check(calibration, world, offload))
         embedding = self._store.get(EMBEDDING)
         self._walk = LayerwiseQuantizer(
@@ -104,7 +113,7 @@ class CalibratedJob:
             self._store,
             options,
             world=world,
-            offload=offload,
+            place=place(self.estimate, offload, world.device),
             threads=self._threads,
             embed_quantized=None if embedding is None else embedder(embedding, world.device),
             progress=progress,
@@ -116,7 +125,7 @@ class CalibratedJob:
             raise InvalidArgumentError(
                 f"{world.size} processes cannot share {windows} calibration windows; take more windows"
             )
-        check_memory(self.estimate, offload is not None, world.device, world.local_size)
+        check_memory(self.estimate, offload, world.device, world.local_size)
         if offload is not None:
             offload.mkdir(parents=True, exist_ok=True)
 
@@ -158,17 +167,21 @@ class CalibratedJob:
 
     @contextmanager
     def _working(self) -> Iterator[None]:
-        with torch_threads(self._threads), torch.inference_mode():
+        with self._settings(), torch.inference_mode():
             yield
+
+    def _settings(self) -> AbstractContextManager[None]:
+        return torch_settings(self._threads, self._world.device)
 
 
 @contextmanager
-def torch_threads(count: int | None) -> Iterator[None]:
-    """Let torch use so many threads; None: as many as before."""
+def torch_settings(threads: int | None, device: torch.device) -> Iterator[None]:
+    """Let torch use so many threads, None: as many as before, and a GPU multiply fast."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(threads or before)
     try:
-        yield
+        with products_in_tf32(device):
+            yield
     finally:
         torch.set_num_threads(before)
 
@@ -178,7 +191,6 @@ def estimate(
     calibration: Calibration,
     options: SolverOptions,
     world: World,
-    offload: bool,
 ) -> Estimate:
     """Count operations and bytes of a process; a short multiplication tells how fast its device is.
 
@@ -213,63 +225,84 @@ def estimate(
         sum(2.0 * linear.out_features * linear.in_features**2 * (1 + options.sweeps) for linear in first)
         / world.size
     )
-    columns = sum(linear.in_features * -(-linear.out_features // 4096) for linear in first) / world.size
+    on_gpu = world.device.type != "cpu"
+    pieces = (1 if on_gpu else -(-linear.out_features // 4096) for linear in first)
+    columns = (
+        sum(linear.in_features * count for linear, count in zip(first, pieces, strict=True)) / world.size
+    )
     # However few rows a process has, it passes every column of each input.
     columns = max(columns, sum(inputs[:2] if engine.sparse_layers[0] else inputs))
-    per_block = operations / speed(world.device) + columns * passes * _COLUMN_SECONDS
+    column_seconds = _COLUMN_SECONDS_ON_GPU if on_gpu else _COLUMN_SECONDS
+    per_block = operations / speed(world.device) + columns * passes * column_seconds
 
     widest = max(linear.in_features for linear in first)
     largest = max(linear.out_features * linear.in_features for linear in first)
     between = engine.hidden_size if engine.sparse_layers[0] else engine.intermediate_size
     activations = 4 * tokens * (2 * engine.hidden_size + max(between, first[3].in_features))
     # A block, twice, with the Hessian and solver of its widest module; in the end, heads and logits.
-    solving = max(40 * widest**2, 16 * widest**2 + _SOLVER_COPIES * 4 * (1 << 24))
+    solving = max(40 * widest**2, 16 * widest**2 + _SOLVER_COPIES * 4 * weights_at_once(world.device))
     in_blocks = 2 * 4 * weights + solving + 3 * 4 * largest
     at_the_head = 4 * engine.vocab_size * (3 * engine.hidden_size + 4 * calibration.token_ids.shape[1])
     memory = BASE_BYTES + max(in_blocks, at_the_head)
     return Estimate(
         seconds=per_block * engine.num_hidden_layers,
-        memory_bytes=memory + (0 if offload else activations),
-        offload_bytes=activations if offload else 0,
+        memory_bytes=memory,
+        activation_bytes=activations,
     )
 
 
 def speed(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
     """Operations per second of a matrix product."""
-    a = torch.ones((_PROBE, _PROBE), device=device, dtype=dtype)
-    a @ a
+    size = _PROBE if device.type == "cpu" else _PROBE_ON_GPU
+    a = torch.ones((size, size), device=device, dtype=dtype)
+    float((a @ a)[0, 0])
     started = time.perf_counter()
     float((a @ a)[0, 0])
-    return 2 * _PROBE**3 / (time.perf_counter() - started)
+    return 2 * size**3 / (time.perf_counter() - started)
+
+
+def place(needed: Estimate, offload: Path | None, device: torch.device) -> Place:
+    """Where activations are kept: in a folder to offload to, on the device if they fit, else on the CPU."""
+    if offload is not None:
+        return offload
+    fits = needed.memory_bytes + needed.activation_bytes <= _free_memory(device)
+    return device if fits else torch.device("cpu")
 
 
 def check_memory(
     needed: Estimate,
-    offload: bool,
+    offload: Path | None,
     device: torch.device,
     processes: int = 1,
     *,
     work: str = "calibrating",
-    advice: str = "",
+    advice: Sequence[str] = ("fewer or shorter calibration windows",),
 ) -> None:
     """Compare what work needs, in each of some processes on this machine, with what is free.
 
     Raises:
-        InsufficientMemoryError: it is more; says what would help, by default fewer windows.
+        InsufficientMemoryError: it is more; says what would help: the advice, by default fewer windows, and
+            to offload.
     """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory() // processes
-    if needed.memory_bytes > free:
-        advice = advice or (
-            "fewer or shorter calibration windows" if offload else "--offload, or fewer calibration windows"
-        )
-        raise InsufficientMemoryError(
-            f"{work} needs about {needed.memory_bytes / 1e9:.1f} GB of memory, "
-            f"but {free / 1e9:.1f} GB are free{' for each process' if processes > 1 else ''}; try {advice}"
-        )
+    demands = {device: needed.memory_bytes}
+    kept = place(needed, offload, device)
+    if isinstance(kept, torch.device):
+        demands[kept] = demands.get(kept, BASE_BYTES) + needed.activation_bytes
+    for where, demand in demands.items():
+        free = _free_memory(where) // (processes if where.type == "cpu" else 1)
+        if demand > free:
+            on = " on the GPU" if where.type != "cpu" else ""
+            ways = ", or ".join([*(["--offload"] if where == kept else []), *advice])
+            raise InsufficientMemoryError(
+                f"{work} needs about {demand / 1e9:.1f} GB of memory{on}, but {free / 1e9:.1f} GB are free"
+                f"{' for each process' if processes > 1 else ''}; try {ways}"
+            )
 
 
-def _free_memory() -> int:
-    """Bytes that this process may still use: of the machine, its control group and its own limit."""
+def _free_memory(device: torch.device) -> int:
+    """Bytes this process may still use: of a GPU, or of the machine, its control group and its own limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
     limits = []
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     limits.append(int(meminfo["MemAvailable"].split()[0]) << 10)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,15 +13,15 @@ from elutq.architectures import EngineConfig, block_linears
 from elutq.calibrated import BASE_BYTES, Estimate, check_memory, speed
 from elutq.finetune.end_to_end import activation_bytes, recomputes
 from elutq.finetune.options import FinetuneOptions, TuningText
-from elutq.finetune.soft_weights import PART
+from elutq.finetune.soft_weights import FUSED, PART
 from elutq.scheme import ModelScheme
 from elutq.world import World
 
 # Bytes that go through memory, as `_traffic` measures it, fitted to what `QuantizedLinear` and Adam take.
 _PLANE_BYTES = 25  # per weight and bit plane: to build W~, and as many for the gradients of scales and zeros
 _LEVEL_BYTES = 10  # per weight and level: to find the nearest one of a latent weight
-# While weights are soft: moved in a step, per latent weight, and held of those at work, by torch.
-_SOFT_ON_CPU, _SOFT_BY_TORCH, _SOFT_HELD = 80, 400, 48
+# While weights are soft: moved in a step, per latent weight; by torch more, and held by it.
+_SOFT, _SOFT_BY_TORCH, _SOFT_HELD = 80, 400, 48
 _ADAM_BYTES = 50  # per parameter and step, with the gradients' norm
 _LOGIT_BYTES = 60  # per logit of both models, softmax and gradient
 
@@ -46,7 +47,6 @@ def estimate(
     text: TuningText,
     options: FinetuneOptions,
     world: World,
-    offload: bool,
 ) -> Estimate:
     """Count operations and bytes of a stage in one process; short trials tell how fast its device is.
 
@@ -55,9 +55,6 @@ def estimate(
     run by both models. A token that attends to n others is 2 n more weights for each head's dimension. In
     every step, and for every window held out, W~ is built anew from codes and scales.
 
-    Returns:
-        Seconds; bytes of memory, where the device has its own of that alone; bytes of activations, which lie
-        in the memory of the CPU or, with `offload`, on disk.
     """
     tuning = options.tuning(stage)
     latent = tuning.latent_rate > 0
@@ -85,7 +82,7 @@ def estimate(
     heads = (6 if options.objective == "kl" else 4) * at_heads + 14 * reported
     full = length * (active * full_passes + head * heads)
     device = world.device
-    soft = _SOFT_ON_CPU if device.type == "cpu" else _SOFT_BY_TORCH
+    soft = _SOFT if device.type in FUSED else _SOFT_BY_TORCH
     planes = _PLANE_BYTES * total.planes
     if latent:
         moved = judged_builds * (planes + _LEVEL_BYTES * total.levels) + steps * soft * total.weights
@@ -101,11 +98,9 @@ def estimate(
 
     shards = world.size if stage == "e2e" and options.shard else 1
     memory = _memory(stage, engine, total, largest, share * length, latent, again, shards)
-    if latent and device.type != "cpu":
+    if latent and device.type not in FUSED:
         memory += _SOFT_HELD * min(largest_matrix, PART)
     streams = 4 * windows * length * engine.hidden_size * (3 if stage == "block" else 2)
-    if device.type == "cpu" and not offload:
-        memory += streams
     return Estimate(float(seconds), round(memory), streams)
 
 
@@ -119,7 +114,7 @@ def _memory(
     again: bool,
     shards: int,
 ) -> float:
-    """Bytes beside the streams of activations, in steps of so many tokens; so many `shards` of the model."""
+    """Bytes beside activations kept, in steps of so many tokens; so many `shards` of the model."""
     trained = largest if stage == "block" else total
     built = total if stage == "e2e" and not again else largest  # W~, which the way back needs
     memory = trained.weights + _STATE_BYTES * (trained.parameters + (trained.weights if latent else 0))
@@ -135,19 +130,15 @@ def _memory(
     return BASE_BYTES + memory + at_the_head + kept * engine.num_hidden_layers
 
 
-def check(stage: str, needed: Estimate, offload: bool, world: World) -> None:
+def check(stage: str, needed: Estimate, offload: Path | None, world: World) -> None:
     """Compare what a stage needs with what is free on this machine.
 
     Raises:
         InsufficientMemoryError: it is more; says what would help.
     """
-    shorter = f"{'' if offload else '--offload, or '}fewer or shorter windows"
-    advice = shorter if stage == "block" else f"--finetune block, {shorter}"
     name = {"block": "finetuning block by block", "e2e": "finetuning end to end"}[stage]
+    advice = [*(["--finetune block"] if stage == "e2e" else []), "fewer or shorter windows"]
     check_memory(needed, offload, world.device, world.local_size, work=name, advice=advice)
-    if world.device.type == "cuda" and not offload:
-        streams = Estimate(0, BASE_BYTES + needed.offload_bytes, 0)
-        check_memory(streams, offload, torch.device("cpu"), world.local_size, work=name, advice=shorter)
 
 
 def _sizes(engine: EngineConfig, scheme: ModelScheme) -> NDArray[np.float64]:

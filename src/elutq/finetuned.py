@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from elutq import hlq
 from elutq.architectures import EMBEDDING, HEAD, EngineConfig, block_linears
 from elutq.blocks import BlockReader, WeightSource
-from elutq.calibrated import embedder, torch_threads
+from elutq.calibrated import embedder, torch_settings
 from elutq.checkpoint import Checkpoint, CheckpointWriter, Part
 from elutq.finetune.block import BlockTuner, TunedOutcome
 from elutq.finetune.end_to_end import EndToEndOutcome, EndToEndTuner
 from elutq.finetune.options import FinetuneOptions, TuneOptions, TuningText
 from elutq.finetune.quantized_block import Tuned
 from elutq.finetune.task import TuningTask
-from elutq.layerwise import HeldOut
+from elutq.layerwise import HeldOut, Place
 from elutq.packing import HlqMatrix
 from elutq.report import SquaredError
 from elutq.world import World
@@ -41,7 +41,7 @@ class FinetuneJob:
         options: how.
         seed: of the order of the windows.
         world: the processes that share the work, and their devices.
-        offload: folder for activations; None keeps them in memory.
+        place: where activations are kept.
         threads: of each process; by default its share of the CPUs.
         progress: called with the share that is done, from 0 to 1, and what is in work.
     """
@@ -57,13 +57,13 @@ class FinetuneJob:
         *,
         seed: int,
         world: World,
-        offload: Path | None,
+        place: Place,
         threads: int | None,
         progress: Callable[[float, str], None],
     ) -> None:
         self._source, self._base, self._parts, self._writer = source, base, parts, writer
         self._text, self._options, self._seed, self._world = text, options, seed, world
-        self._offload, self._progress = offload, progress
+        self._place, self._progress = place, progress
         self._threads = threads or world.threads
         self._engine: EngineConfig = source.engine
         in_blocks = {linear.name for linear in block_linears(self._engine)}
@@ -73,7 +73,7 @@ class FinetuneJob:
 
     def blocks(self) -> tuple[list[TunedOutcome], HeldOut | None]:
         """Block reconstruction: how each block went, and how both models do in the end."""
-        with torch_threads(self._threads):
+        with torch_settings(self._threads, self._world.device):
             tuner = BlockTuner(self._task())
             outcomes = []
             count = self._engine.num_hidden_layers
@@ -104,7 +104,7 @@ class FinetuneJob:
         return outcome, held_out
 
     def _tune_model(self, state: Path, options: FinetuneOptions) -> tuple[EndToEndOutcome, HeldOut | None]:
-        with torch_threads(self._threads):
+        with torch_settings(self._threads, self._world.device):
             tuner = EndToEndTuner(
                 self._task(),
                 objective=options.objective,
@@ -142,7 +142,7 @@ class FinetuneJob:
             self._options,
             self._seed,
             self._world,
-            self._offload,
+            self._place,
             self._embedding(),
         )
 

@@ -42,11 +42,11 @@ from elutq import hlq
 from elutq.errors import SingularHessianError, TensorShapeError
 from elutq.group_problem import GroupProblem
 from elutq.packing import HlqMatrix, pack_codes
+from elutq.precision import products_in_float32
 from elutq.scheme import QuantScheme
 
-#: Most rows, and weights, in work at once: bounds memory.
+#: Most rows of a matrix in work at once on a CPU: they fit a cache.
 _ROWS = 4096
-_WEIGHTS = 1 << 24
 #: Room that row scales leave for what error compensation adds to the weights.
 _BYTE_MARGIN = 1.1
 _DAMP_STEP = 10.0
@@ -124,6 +124,7 @@ class Metric:
         definite.
     """
 
+    @products_in_float32()
     def __init__(self, hessian: Tensor, cross: Tensor | None, options: SolverOptions) -> None:
         size = hessian.shape[0]
         if hessian.shape != (size, size) or (cross is not None and cross.shape != (size, size)):
@@ -172,6 +173,7 @@ class Metric:
         return float((residual * (self.hessian @ residual)).sum(dtype=torch.float64))
 
 
+@products_in_float32()
 def solve(
     weight: Tensor,
     metric: Metric,
@@ -204,7 +206,9 @@ def solve(
     zeros = np.empty((rows, groups), np.int8 if in_bytes else np.float16)
     row_scales = np.empty(rows, np.float16) if in_bytes else None
     error = norm = 0.0
-    step = max(1, min(_ROWS, _WEIGHTS // columns))
+    step = max(1, weights_at_once(weight.device) // columns)
+    if weight.device.type == "cpu":
+        step = min(step, _ROWS)
     for first in range(0, rows, step):
         some = slice(first, first + step)
         solver = _Solver(weight[some].T.contiguous(), metric, scheme, threads)
@@ -222,6 +226,11 @@ def solve(
     planes = pack_codes(codes, scheme.bits)
     matrix = HlqMatrix(planes, scales, zeros, columns, scheme.group_size, row_scales)
     return Solution(matrix, error, norm)
+
+
+def weights_at_once(device: torch.device) -> int:
+    """How many weights `solve` works on at a time, which bounds memory; a GPU needs many to be busy."""
+    return 1 << (24 if device.type == "cpu" else 26)
 
 
 class _Solver:

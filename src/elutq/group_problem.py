@@ -12,6 +12,7 @@ from elutq import _core, hlq
 #: Columns that update each other one by one; all others learn of them by one matrix product. `_core` takes no
 #: more at a time.
 _BLOCK = 32
+_BLOCK_ON_GPU = 128
 #: Weight of the present parameters in a refit, relative to the mean of the diagonal: it decides what the
 #: codes leave open, such as the scale of a plane that no weight uses.
 _PROXIMITY = 1e-6
@@ -92,9 +93,12 @@ class GroupProblem:
             matrix: D, [columns, columns].
             triangular: D is upper triangular, so that a column changes nothing for earlier ones.
         """
-        choose = self._choose_on_cpu if base.device.type == "cpu" else self._choose
-        for first in range(0, len(base), _BLOCK):
-            block = slice(first, min(first + _BLOCK, len(base)))
+        choose, at_once = {
+            "cpu": (self._choose_on_cpu, _BLOCK),
+            "cuda": (self._choose_on_gpu, _BLOCK_ON_GPU),
+        }.get(base.device.type, (self._choose, _BLOCK))
+        for first in range(0, len(base), at_once):
+            block = slice(first, min(first + at_once, len(base)))
             errors = choose(block, base[block], pull[block], matrix[block, block].contiguous())
             before, after = slice(0, block.start), slice(block.stop, len(base))
             for others in (after,) if triangular else (before, after):
@@ -123,6 +127,16 @@ class GroupProblem:
             self.values[block].numpy(),
             self.codes[block].numpy(),
             errors.numpy(),
+        )
+        return errors
+
+    def _choose_on_gpu(self, block: slice, base: Tensor, pull: Tensor, matrix: Tensor) -> Tensor:
+        """The same in Triton, which keeps the pull of some rows in registers."""
+        from elutq import triton_kernels
+
+        errors = torch.empty_like(base)
+        triton_kernels.choose_columns(
+            self._ascending, self._order, matrix, base, pull, self.values[block], self.codes[block], errors
         )
         return errors
 

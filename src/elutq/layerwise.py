@@ -33,6 +33,7 @@ from elutq.blocks import BlockReader, DecoderBlock
 from elutq.errors import DiskSpaceError, SingularHessianError
 from elutq.gptq import Metric, SolverOptions, solve
 from elutq.packing import HlqMatrix, join_rows
+from elutq.precision import products_in_float32
 from elutq.scheme import QuantScheme
 from elutq.world import World
 
@@ -41,6 +42,11 @@ _BATCH_TOKENS = 4096
 #: What tokens of other experts weigh together, relative to an expert's own, and how many there are at most.
 _OTHERS_SHARE = 0.05
 _OTHERS = 1024
+
+
+#: Where activations are kept: in the memory of a device, or in a folder.
+Place = torch.device | Path
+MEMORY: Place = torch.device("cpu")
 
 
 class MatrixStore(Protocol):
@@ -100,27 +106,28 @@ class HeldOut:
 
 
 class Activations:
-    """A tensor per batch, in memory, or in a file that has no name and goes with this object.
+    """A tensor per batch, in a device's memory, or in a file that has no name and goes with this object.
 
     Args:
-        folder: where to put the file; None keeps everything in memory.
+        place: the device that keeps them, or the folder of the file.
 
     Raises:
         DiskSpaceError: the disk is full; by `self[batch] = tensor`.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, place: Place) -> None:
+        self.device = place if isinstance(place, torch.device) else torch.device("cpu")
         self._tensors: dict[int, Tensor] = {}  # of a batch, or without data if that is in the file
         self._places: dict[int, tuple[int, int]] = {}  # where in the file, and how much room is there
         self._end = 0
         self._file: int | None = None
-        if folder is not None:
-            with tempfile.TemporaryFile(dir=folder) as file:
+        if isinstance(place, Path):
+            with tempfile.TemporaryFile(dir=place) as file:
                 self._file = os.dup(file.fileno())
             weakref.finalize(self, os.close, self._file)
 
     def __setitem__(self, batch: int, tensor: Tensor) -> None:
-        tensor = tensor.to("cpu")
+        tensor = tensor.to(self.device)
         if self._file is None:
             self._tensors[batch] = tensor
             return
@@ -237,7 +244,7 @@ class LayerwiseQuantizer:
         store: takes the matrices.
         options: of the solver.
         world: the processes that share the work; every one of them needs a window to calibrate on.
-        offload: folder for activations; None keeps them in memory.
+        place: where activations are kept.
         threads: of the data-free solver; all CPUs by default.
         embed_quantized: the embedding that the quantized model has, if it is another one.
         progress: called with the number of weights done and the module in work.
@@ -253,7 +260,7 @@ class LayerwiseQuantizer:
         options: SolverOptions,
         *,
         world: World,
-        offload: Path | None = None,
+        place: Place = MEMORY,
         threads: int | None = None,
         embed_quantized: Callable[[Tensor], Tensor] | None = None,
         progress: Callable[[int, str], None] = lambda done, module: None,
@@ -272,7 +279,7 @@ class LayerwiseQuantizer:
             for i in range(0, len(part), per_batch)
         ]
         self._calibrating = -(-len(mine) // per_batch)
-        self._full, self._quantized, self._inputs = (Activations(offload) for _ in range(3))
+        self._full, self._quantized, self._inputs = (Activations(place) for _ in range(3))
         for batch, ids in enumerate(self._ids):
             self._full[batch] = reader.embed(ids)
             self._quantized[batch] = (embed_quantized or reader.embed)(ids)
@@ -440,7 +447,9 @@ class LayerwiseQuantizer:
                 stored = self._store.get(module)
                 assert stored is not None
                 matrix = stored
-            linear.weight.data = torch.from_numpy(hlq.dequantize(matrix)).to(linear.weight)
+            linear.weight.data = torch.from_numpy(hlq.dequantize(matrix, threads=self._threads)).to(
+                linear.weight
+            )
 
     def _share(self, block: DecoderBlock, modules: Sequence[str]) -> dict[str, slice]:
         """Rows of modules with equally long rows that this process solves; whole modules where possible."""
@@ -510,6 +519,7 @@ class LayerwiseQuantizer:
         self._world.sum_(total)
         return (total / total.max()).float().numpy()
 
+    @products_in_float32()
     def evaluate(self, head: NDArray[np.float32] | None = None) -> HeldOut | None:
         """Compare both models on the windows held out; after the last block.
 

@@ -25,7 +25,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ from torch import Tensor
 from elutq import hlq
 from elutq.architectures import EngineConfig, LinearSpec, block_linears
 from elutq.blocks import BlockReader, DecoderBlock
-from elutq.layerwise import Activations
+from elutq.layerwise import MEMORY, Activations, Place
 from elutq.packing import HlqMatrix
 from elutq.scheme import QuantScheme
 
@@ -125,7 +124,7 @@ def measure(
     importance: Importance,
     *,
     device: torch.device,
-    offload: Path | None = None,
+    place: Place = MEMORY,
     progress: Callable[[str], None] = lambda unit: None,
 ) -> dict[str, Sensitivity]:
     """Measure every unit of a model.
@@ -137,7 +136,7 @@ def measure(
         fit: quantizes.
         importance: of the columns, in errors.
         device: where the work is done.
-        offload: folder for the streams; None keeps them in memory.
+        place: where the streams are kept.
         progress: called with the unit that is next.
 
     Returns:
@@ -145,7 +144,7 @@ def measure(
     """
     with torch.inference_mode():
         found = units(engine)
-        streams = Activations(offload)  # the full model's, and that of each unit's model from 1 on
+        streams = Activations(place)  # the full model's, and that of each unit's model from 1 on
         streams[0] = reader.embed(torch.from_numpy(windows))
         errors: list[tuple[float, ...]] = []
         for index in range(engine.num_hidden_layers):

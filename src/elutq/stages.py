@@ -240,14 +240,16 @@ class Job:
             for stage, base, target in zip(options.stages, folders[:-1], folders[1:], strict=True)
             if target == out or not self._exists(target)
         ]
-        self._estimate([stage for stage, _, _ in missing], options, text)
+        needed = self._estimate([stage for stage, _, _ in missing], options, text)
         self.world.on_main(lambda: self._begin(work))
         if not self._exists(folders[0]):
             self._quantize(folders[0], overwrite=False)
         report = None
         for stage, base, target in missing:
             overwrite = target == out and self.overwrite
-            report = self._finetune(stage, base, target, overwrite, options, text, work / _STATE)
+            report = self._finetune(
+                stage, base, target, overwrite, options, text, work / _STATE, needed[stage]
+            )
 
         def finish() -> QuantizationReport:
             assert report is not None
@@ -256,28 +258,32 @@ class Job:
 
         return self.world.on_main(finish)
 
-    def _estimate(self, stages: Sequence[str], options: FinetuneOptions, text: TuningText) -> None:
+    def _estimate(
+        self, stages: Sequence[str], options: FinetuneOptions, text: TuningText
+    ) -> dict[str, "Estimate"]:
         """Say what stages of finetuning will need, and make sure that it is there."""
-        from elutq.calibrated import torch_threads
+        from elutq.calibrated import torch_settings
         from elutq.finetune_estimate import check, estimate
 
-        engine, world, offload = self.checkpoint.engine, self.world, self.offload is not None
+        engine, world = self.checkpoint.engine, self.world
         needed = {}
-        with torch_threads(self.threads or world.threads):
+        with torch_settings(self.threads or world.threads, world.device):
             for stage in stages:
-                needed[stage] = estimate(stage, engine, self.scheme, text, options, world, offload)
+                needed[stage] = estimate(stage, engine, self.scheme, text, options, world)
         for stage, part in needed.items():
-            world.everywhere(partial(check, stage, part, offload, world))
+            world.everywhere(partial(check, stage, part, self.offload, world))
         self._announce("finetuning", text.train.size, *needed.values())
+        return needed
 
     def _announce(self, work: str, tokens: int, *needed: "Estimate") -> None:
         """What such work on so many tokens will need, one part after the other."""
-        disk = max(part.offload_bytes for part in needed) / 1e9
+        memory = max(part.memory_bytes for part in needed) / 1e9
+        kept = max(part.activation_bytes for part in needed) / 1e9
+        room = f"{memory:.1f} GB of memory, {kept:.1f} GB of disk"
         self.announce(
             f"{work} on {tokens} tokens, {self.world.device.type}: "
             f"about {max(1, round(sum(part.seconds for part in needed) / 60))} min, "
-            f"{max(part.memory_bytes for part in needed) / 1e9:.1f} GB of memory"
-            + (f", {disk:.1f} GB of disk" if self.offload else "")
+            + (room if self.offload else f"{memory + kept:.1f} GB of memory")
             + (f" in each of {self.world.size} processes" if self.world.size > 1 else "")
         )
 
@@ -316,8 +322,10 @@ class Job:
         options: FinetuneOptions,
         text: TuningText,
         state: Path,
+        needed: "Estimate",
     ) -> QuantizationReport | None:
         """One stage of finetuning."""
+        from elutq.calibrated import place
         from elutq.finetuned import FinetuneJob
 
         started = time.monotonic()
@@ -340,7 +348,7 @@ class Job:
                 options.tuning(stage),
                 seed=self.seed,
                 world=self.world,
-                offload=self.offload,
+                place=place(needed, self.offload, self.world.device),
                 threads=self.threads,
                 progress=lambda share, what: self.progress(round(share * total), total, what),
             )

@@ -306,6 +306,6 @@ def test_hostile_calibration_gets_one_line_and_leaves_nothing(
 def test_too_little_memory_is_refused_with_advice(
     tmp_path: Path, two_blocks: Path, texts: tuple[Path, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("elutq.calibrated._free_memory", lambda: 1 << 20)
+    monkeypatch.setattr("elutq.calibrated._free_memory", lambda device: 1 << 20)
     with pytest.raises(errors.InsufficientMemoryError, match="offload"):
         quantize(two_blocks, tmp_path / "out", bits=2, method="gptq", calibration=[str(texts[0])], **SMALL)

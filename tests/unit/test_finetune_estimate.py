@@ -10,9 +10,11 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
+
 from elutq import finetune_estimate
 from elutq.architectures import EngineConfig, block_linears, engine_config
-from elutq.calibrated import BASE_BYTES, Estimate
+from elutq.calibrated import BASE_BYTES, Estimate, check_memory, place
 from elutq.errors import InsufficientMemoryError
 from elutq.finetune.options import FinetuneOptions, TuneOptions, TuningText
 from elutq.models import bundled_model
@@ -47,12 +49,9 @@ def needs(
     *,
     options: Any = OPTIONS,
     windows: Any = None,
-    **more: Any,
 ) -> Estimate:
     scheme = ModelScheme(QuantScheme(2, 32))
-    return finetune_estimate.estimate(
-        stage, engine, scheme, windows or text(), options, world, more.get("offload", False)
-    )
+    return finetune_estimate.estimate(stage, engine, scheme, windows or text(), options, world)
 
 
 @pytest.fixture
@@ -104,8 +103,8 @@ def test_processes_share_the_windows(
     shared = [needs(stage, engine, world, windows=windows) for stage in ("block", "e2e")]
     for one, four in zip(alone, shared, strict=True):
         assert four.seconds == one.seconds / 4
-        assert four.offload_bytes == one.offload_bytes / 4
-        assert four.memory_bytes < one.memory_bytes
+        assert four.activation_bytes == one.activation_bytes / 4
+        assert four.memory_bytes <= one.memory_bytes
 
 
 def test_experts_are_met_by_their_share_of_tokens(golden: Any) -> None:
@@ -123,11 +122,10 @@ def test_memory_is_counted(engine: EngineConfig, world: World) -> None:
     latent = needs("e2e", engine, world, options=replace(OPTIONS, e2e=replace(OPTIONS.e2e, latent_rate=1)))
     assert latent.memory_bytes - fixed.memory_bytes == 20 * weights
     for stage, streams in (("block", 3), ("e2e", 2)):
-        kept, offloaded = needs(stage, engine, world), needs(stage, engine, world, offload=True)
-        assert offloaded.offload_bytes == streams * 4 * 20 * LENGTH * engine.hidden_size
-        assert kept.memory_bytes - offloaded.memory_bytes == offloaded.offload_bytes
-        assert offloaded.memory_bytes > BASE_BYTES
-        assert kept.seconds > 0
+        needed = needs(stage, engine, world)
+        assert needed.activation_bytes == streams * 4 * 20 * LENGTH * engine.hidden_size
+        assert needed.memory_bytes > BASE_BYTES
+        assert needed.seconds > 0
 
 
 def test_a_sharded_model_is_held_together(
@@ -160,22 +158,49 @@ def test_bits_and_latent_weights_cost_time(
     [
         ("block", False, r"block by block needs .* try --offload, or fewer or shorter windows"),
         ("block", True, r"try fewer or shorter windows"),
-        ("e2e", False, r"end to end needs .* try --finetune block, --offload"),
+        ("e2e", False, r"end to end needs .* try --offload, or --finetune block, or fewer"),
     ],
 )
 def test_what_does_not_fit_is_refused(
-    stage: str, offload: bool, advice: str, world: World, monkeypatch: pytest.MonkeyPatch
+    stage: str,
+    offload: bool,
+    advice: str,
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("elutq.calibrated._free_memory", lambda: 10**9)
-    finetune_estimate.check(stage, Estimate(1.0, 10**9, 10**12), offload, world)
+    monkeypatch.setattr("elutq.calibrated._free_memory", lambda device: 10**9)
+    folder = tmp_path if offload else None
+    kept = 10**12 if offload else 10**8
+    finetune_estimate.check(stage, Estimate(1.0, 9 * 10**8, kept), folder, world)
     with pytest.raises(InsufficientMemoryError, match=advice):
-        finetune_estimate.check(stage, Estimate(1.0, 10**9 + 1, 0), offload, world)
+        finetune_estimate.check(stage, Estimate(1.0, 10**9 + 1 - kept % 10**12, kept), folder, world)
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "on_cpu", "refused"),
+    [(10, 3, None), (9, 10, None), (4, 10, "on the GPU"), (9, 3, "5.7 GB of memory, but 3.0 GB are free")],
+)
+def test_what_a_gpu_cannot_keep_goes_to_the_cpu(
+    on_gpu: int, on_cpu: int, refused: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda")
+    free = {"cuda": on_gpu * 10**9, "cpu": on_cpu * 10**9}
+    monkeypatch.setattr("elutq.calibrated._free_memory", lambda device: free[device.type])
+    needed = Estimate(1.0, 5 * 10**9, 5 * 10**9)
+    assert place(needed, None, gpu).type == ("cuda" if on_gpu >= 10 else "cpu")
+    assert place(needed, tmp_path, gpu) == tmp_path
+    if refused is None:
+        check_memory(needed, None, gpu)
+    else:
+        with pytest.raises(InsufficientMemoryError, match=refused):
+            check_memory(needed, None, gpu)
 
 
 def test_nothing_is_begun_that_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_words: Callable[[Path], Path]
 ) -> None:
-    monkeypatch.setattr("elutq.calibrated._free_memory", lambda: 1 << 20)
+    monkeypatch.setattr("elutq.calibrated._free_memory", lambda device: 1 << 20)
     said: list[str] = []
     with pytest.raises(InsufficientMemoryError, match="finetuning"):
         quantize(

@@ -125,7 +125,7 @@ def test_errors_are_those_of_the_weights(tmp_path: Path, make_folder: Make) -> N
 
 def test_offloading_changes_nothing(tmp_path: Path, make_folder: Make) -> None:
     folder = make_folder(tmp_path / "m", num_hidden_layers=2)
-    assert measured(folder, offload=tmp_path) == measured(folder)
+    assert measured(folder, place=tmp_path) == measured(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 

@@ -59,7 +59,7 @@ class BlockTuner:
         self._task, self._world = task, task.world
         self._windows = Windows(task.text, task.options, task.world)
         # Residual streams of this process's windows, and what the full model's block makes of its own.
-        self._full, self._tuned, self._targets = (Activations(task.offload) for _ in range(3))
+        self._full, self._tuned, self._targets = (Activations(task.place) for _ in range(3))
         task.embed_both(self._windows, self._full, self._tuned)
         self._targets_of: int | None = None
 

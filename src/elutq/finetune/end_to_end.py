@@ -90,7 +90,7 @@ class EndToEndTuner:
         reader, engine, length = task.reader, task.reader.engine, self._windows.length
         self._positions = reader.positions(length)
         self._masks = [reader.mask(index, length) for index in range(engine.num_hidden_layers)]
-        self._inputs, self._full = Activations(task.offload), Activations(task.offload)
+        self._inputs, self._full = Activations(task.place), Activations(task.place)
         with torch.no_grad():
             task.embed_both(self._windows, self._full, self._inputs)
             self._run_full()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from elutq.layerwise import HeldOut
+from elutq.precision import products_in_float32
 from elutq.world import World
 
 #: Logits in work at once, in float32.
@@ -49,6 +50,7 @@ class Heads:
         return _nll(tuned, next_tokens, self._tuned)
 
     @torch.no_grad()
+    @products_in_float32()
     def compare(self, full: Tensor, tuned: Tensor, token_ids: Tensor) -> HeldOut:
         """Both models on one window; sums over its tokens, not means.
 

@@ -1,4 +1,4 @@
-"""Weights between two levels each, for learned rounding, in C++ on CPUs and in torch elsewhere."""
+"""Weights between two levels each, for learned rounding: in C++ on CPUs, Triton on GPUs, torch elsewhere."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +10,8 @@ from elutq import _core
 
 #: Levels closer than this are one level.
 _LEAST_GAP = 1e-9
+#: Types of devices that do all of it in one pass over memory, by C++ or Triton.
+FUSED = ("cpu", "cuda")
 #: Weights that torch works on at a time, with about 48 bytes for each.
 PART = 1 << 24
 
@@ -47,6 +49,10 @@ def settle(latent: Tensor, levels: Tensor, distance: float) -> None:
     """
     if latent.device.type == "cpu":
         _core.settle(_rows(latent), _rows(levels), distance, torch.get_num_threads())
+    elif latent.device.type == "cuda":
+        from elutq import triton_kernels
+
+        triton_kernels.settle(latent, levels, distance)
     else:
         _settle(latent, levels, distance)
 
@@ -59,17 +65,40 @@ class _SoftWeights(torch.autograd.Function):
         ctx.save_for_backward(latent, levels)
         ctx.temperature = temperature
         values = torch.empty_like(latent)
-        find = _values_on_cpu if latent.device.type == "cpu" else _values
+        ways = {"cpu": _values_on_cpu, "cuda": _values_on_gpu}
+        find = ways.get(latent.device.type, _values)
         find(latent, levels, temperature, values)
         return values
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (latent, levels) = gradients, ctx.saved_tensors
-        found = torch.empty_like(latent), torch.empty_like(levels)
-        find = _gradients_on_cpu if latent.device.type == "cpu" else _gradients
+        found = torch.empty_like(latent), levels.new_empty(levels.shape)
+        ways = {"cpu": _gradients_on_cpu, "cuda": _gradients_on_gpu}
+        find = ways.get(latent.device.type, _gradients)
         find(latent, levels, ctx.temperature, gradient, *found)
         return *found, None
+
+
+def _values_on_gpu(latent: Tensor, levels: Tensor, temperature: float, values: Tensor) -> None:
+    """The weights, by Triton."""
+    from elutq import triton_kernels
+
+    triton_kernels.soft_values(latent, levels, temperature, values)
+
+
+def _gradients_on_gpu(
+    latent: Tensor,
+    levels: Tensor,
+    temperature: float,
+    gradient: Tensor,
+    for_latent: Tensor,
+    for_levels: Tensor,
+) -> None:
+    """The gradients, by Triton."""
+    from elutq import triton_kernels
+
+    triton_kernels.soft_gradients(latent, levels, temperature, gradient, for_latent, for_levels)
 
 
 def _values(latent: Tensor, levels: Tensor, temperature: float, values: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from elutq.blocks import BlockReader, DecoderBlock
 from elutq.errors import InvalidArgumentError
 from elutq.finetune.options import TuneOptions, TuningText
 from elutq.finetune.quantized_block import QuantizedModel, make_trainable
-from elutq.layerwise import Activations
+from elutq.layerwise import MEMORY, Activations, Place
 from elutq.world import World
 
 #: Tokens that go through a block together where nothing is trained.
@@ -31,7 +30,7 @@ class TuningTask:
         options: what to do.
         seed: of the order of the windows.
         world: the processes that share the windows.
-        offload: folder for activations; None keeps them in memory.
+        place: where activations are kept.
         embed_tuned: the embedding that the quantized model has, if it is another one.
     """
 
@@ -42,7 +41,7 @@ class TuningTask:
     options: TuneOptions
     seed: int
     world: World
-    offload: Path | None = None
+    place: Place = MEMORY
     embed_tuned: Callable[[Tensor], Tensor] | None = None
 
     def trainable(self, index: int) -> DecoderBlock:
@@ -115,7 +114,7 @@ class Windows:
 
 def put(stream: Activations, windows: Sequence[int], values: Tensor) -> None:
     """Store one tensor for each window."""
-    for window, value in zip(windows, values.cpu(), strict=True):
+    for window, value in zip(windows, values.to(stream.device), strict=True):
         stream.overwrite(window, value)
 
 
