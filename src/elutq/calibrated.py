@@ -226,10 +226,12 @@ def estimate(
         / world.size
     )
     on_gpu = world.device.type != "cpu"
-    pieces = (1 if on_gpu else -(-linear.out_features // 4096) for linear in first)
-    columns = (
-        sum(linear.in_features * count for linear, count in zip(first, pieces, strict=True)) / world.size
+    most = weights_at_once(world.device)
+    columns: float = sum(
+        linear.in_features * -(-linear.out_features // (most // linear.in_features if on_gpu else 4096))
+        for linear in first
     )
+    columns /= world.size
     # However few rows a process has, it passes every column of each input.
     columns = max(columns, sum(inputs[:2] if engine.sparse_layers[0] else inputs))
     column_seconds = _COLUMN_SECONDS_ON_GPU if on_gpu else _COLUMN_SECONDS

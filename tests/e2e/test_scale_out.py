@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +71,11 @@ def run(command: Sequence[str], out: Path) -> dict[str, Any]:
 
 def matrices(folder: Path) -> dict[str, HlqMatrix]:
     with Checkpoint.open(folder) as checkpoint:
-        assert checkpoint.scheme is not None
-        size = checkpoint.scheme.default.group_size
-        found = {}
-        for name in checkpoint.names():
-            if name.endswith(".planes"):
-                module = name.removesuffix(".planes")
-                planes, scales, zeros = (
-                    checkpoint.read(f"{module}.{part}") for part in ("planes", "scales", "zeros")
-                )
-                columns = scales.shape[1] * size if size > 0 else planes.shape[2] * 8
-                found[module] = HlqMatrix(planes, scales, zeros, min(columns, planes.shape[2] * 8), size)
-        return found
+        found = {module: checkpoint.read_hlq(module) for module in checkpoint.schemes}
+        return {
+            module: replace(matrix, **{name: array.copy() for name, array in matrix.arrays.items()})
+            for module, matrix in found.items()
+        }
 
 
 def check_alike(one: Path, several: Path, report: dict[str, Any]) -> None:
@@ -163,7 +157,7 @@ from elutq.quantize import quantize
 tune = TuneOptions(epochs=3, latent_rate=0.05, warmup=1, checks=2)
 quantize(
     sys.argv[1], sys.argv[2], calibration=[sys.argv[3]], calibration_samples=8, calibration_length=64,
-    threads=1, finetune=FinetuneOptions(samples=8, block=tune, e2e=tune, shard=True),
+    threads=1, target_bpw=2.42, finetune=FinetuneOptions(samples=8, block=tune, e2e=tune, shard=True),
 )
 """
 
@@ -176,6 +170,8 @@ def test_two_processes_finetune_what_one_does(tmp_path: Path, two_blocks: Path, 
         subprocess.run([*command, str(two_blocks), str(out), str(text)], check=True, capture_output=True)
     single, report = (json.loads((out / "quantization_report.json").read_text()) for out in (one, several))
     check_alike(one, several, report)
+    bits = {matrix.bits for matrix in matrices(several).values()}
+    assert bits >= {2, 3}  # weights are pulled to their levels from 3 on
     for tuned, expected in zip(report["stages"][1:], single["stages"][1:], strict=True):
         assert tuned["name"] == expected["name"]
         for a, b in zip(tuned.get("blocks", [tuned]), expected.get("blocks", [expected]), strict=True):
