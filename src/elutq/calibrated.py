@@ -21,7 +21,7 @@ from elutq.calibration import Calibration
 from elutq.checkpoint import CheckpointWriter, Part
 from elutq.errors import InsufficientMemoryError, InvalidArgumentError
 from elutq.gptq import GPTQ, PUBLISHED, SolverOptions, weights_at_once
-from elutq.layerwise import BlockOutcome, HeldOut, LayerwiseQuantizer, Outcome, Place
+from elutq.layerwise import BlockOutcome, HeldOut, LayerwiseQuantizer, Outcome, Place, may_round
 from elutq.packing import HlqMatrix
 from elutq.precision import products_in_tf32
 from elutq.world import World
@@ -199,10 +199,11 @@ def estimate(
     pass, and a step of its own for every column. Processes share tokens, rows and experts, but each
     factors the Hessians of dense modules itself.
     """
-    tokens = sum(
+    learned, judged = (
         math.ceil(len(part) / world.size) * part.shape[1]
         for part in (calibration.token_ids, calibration.held_out)
     )
+    tokens = learned + judged
     first = [linear for linear in block_linears(engine) if linear.name.startswith("model.layers.0.")]
     weights = sum(linear.out_features * linear.in_features for linear in first)
     active = weights
@@ -240,7 +241,8 @@ def estimate(
     widest = max(linear.in_features for linear in first)
     largest = max(linear.out_features * linear.in_features for linear in first)
     between = engine.hidden_size if engine.sparse_layers[0] else engine.intermediate_size
-    activations = 4 * tokens * (2 * engine.hidden_size + max(between, first[3].in_features))
+    kept = (2 if may_round(world.device) else 4) * learned + 4 * judged
+    activations = kept * (2 * engine.hidden_size + max(between, first[3].in_features))
     # A block, twice, with the Hessian and solver of its widest module; in the end, heads and logits.
     solving = max(40 * widest**2, 16 * widest**2 + _SOLVER_COPIES * 4 * weights_at_once(world.device))
     in_blocks = 2 * 4 * weights + solving + 3 * 4 * largest

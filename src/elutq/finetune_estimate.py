@@ -14,6 +14,7 @@ from elutq.calibrated import BASE_BYTES, Estimate, check_memory, speed
 from elutq.finetune.end_to_end import activation_bytes, recomputes
 from elutq.finetune.options import FinetuneOptions, TuningText
 from elutq.finetune.soft_weights import FUSED, PART
+from elutq.layerwise import may_round
 from elutq.scheme import ModelScheme
 from elutq.world import World
 
@@ -100,8 +101,11 @@ def estimate(
     memory = _memory(stage, engine, total, largest, share * length, latent, again, shards)
     if latent and device.type not in FUSED:
         memory += _SOFT_HELD * min(largest_matrix, PART)
-    streams = 4 * windows * length * engine.hidden_size * (3 if stage == "block" else 2)
-    return Estimate(float(seconds), round(memory), streams)
+    streams = 3 if stage == "block" else 2
+    kept = 4 * windows
+    if stage == "block" and may_round(device):
+        kept -= 2 * (windows - reported)
+    return Estimate(float(seconds), round(memory), streams * kept * length * engine.hidden_size)
 
 
 def _memory(

@@ -18,7 +18,7 @@ at a small weight, so that an expert hardly ever chosen is calibrated too.
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -110,12 +110,14 @@ class Activations:
 
     Args:
         place: the device that keeps them, or the folder of the file.
+        rounded: the batches that are kept in bfloat16, see `may_round`; others are kept as they are.
 
     Raises:
         DiskSpaceError: the disk is full; by `self[batch] = tensor`.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, rounded: Container[int] = ()) -> None:
+        self._rounded = rounded
         self.device = place if isinstance(place, torch.device) else torch.device("cpu")
         self._tensors: dict[int, Tensor] = {}  # of a batch, or without data if that is in the file
         self._places: dict[int, tuple[int, int]] = {}  # where in the file, and how much room is there
@@ -127,7 +129,7 @@ class Activations:
             weakref.finalize(self, os.close, self._file)
 
     def __setitem__(self, batch: int, tensor: Tensor) -> None:
-        tensor = tensor.to(self.device)
+        tensor = self._round(batch, tensor).to(self.device)
         if self._file is None:
             self._tensors[batch] = tensor
             return
@@ -148,7 +150,7 @@ class Activations:
 
     def overwrite(self, batch: int, tensor: Tensor) -> None:
         """Store a copy where the batch's tensor is, which nobody else may hold; memory stays in one piece."""
-        kept = self._tensors.get(batch)
+        kept, tensor = self._tensors.get(batch), self._round(batch, tensor)
         if (
             self._file is None
             and kept is not None
@@ -157,6 +159,14 @@ class Activations:
             kept.copy_(tensor)
         else:
             self[batch] = tensor.clone()
+
+    def _round(self, batch: int, tensor: Tensor) -> Tensor:
+        return tensor.bfloat16() if batch in self._rounded else tensor
+
+    def on(self, batch: int, device: torch.device) -> Tensor:
+        """A batch's tensor on a device; what was rounded, in float32."""
+        tensor = self[batch].to(device)
+        return tensor.float() if batch in self._rounded else tensor
 
     def __getitem__(self, batch: int) -> Tensor:
         if self._file is None:
@@ -168,6 +178,15 @@ class Activations:
             count = os.preadv(self._file, [data], position)
             data, position = data[count:], position + count
         return tensor
+
+
+def may_round(device: torch.device) -> bool:
+    """Whether activations of text that is learned from are kept in bfloat16: on GPUs.
+
+    It halves their memory and the way to it. Models run in bfloat16 there, and the streams of both models are
+    rounded alike, by far less than quantization changes them. Text to be judged by is kept in float32.
+    """
+    return device.type == "cuda"
 
 
 class Moments:
@@ -279,7 +298,8 @@ class LayerwiseQuantizer:
             for i in range(0, len(part), per_batch)
         ]
         self._calibrating = -(-len(mine) // per_batch)
-        self._full, self._quantized, self._inputs = (Activations(place) for _ in range(3))
+        rounded = range(self._calibrating if may_round(self._device) else 0)
+        self._full, self._quantized, self._inputs = (Activations(place, rounded) for _ in range(3))
         for batch, ids in enumerate(self._ids):
             self._full[batch] = reader.embed(ids)
             self._quantized[batch] = (embed_quantized or reader.embed)(ids)
@@ -503,13 +523,13 @@ class LayerwiseQuantizer:
     def _both(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Number and residual streams of every batch, on the device."""
         for batch in range(len(self._ids)):
-            yield batch, self._full[batch].to(self._device), self._quantized[batch].to(self._device)
+            yield batch, self._full.on(batch, self._device), self._quantized.on(batch, self._device)
 
     def _calibrated(self, stream: Activations) -> Iterator[Tensor]:
-        return (stream[batch].to(self._device) for batch in range(self._calibrating))
+        return (stream.on(batch, self._device) for batch in range(self._calibrating))
 
     def _input(self, batch: int) -> Tensor:
-        return self._inputs[batch].to(self._device)
+        return self._inputs.on(batch, self._device)
 
     def head_importance(self) -> NDArray[np.float32]:
         """Mean square of what the head reads, float32 [hidden_size]; after the last block."""

@@ -406,6 +406,23 @@ def test_nonsense_gets_one_line(options: list[str], complaint: str, tmp_path: Pa
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_rounded_activations_change_little(
+    tmp_path: Path, two_blocks: Path, texts: tuple[Path, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = []
+    for name in ("kept", "rounded"):
+        report = quantize(
+            two_blocks, tmp_path / name, bits=2, finetune=FEW, calibration=[str(texts[0])], **SMALL
+        )
+        tuned = [block[when] for block in report.stages[1]["blocks"] for when in ("before", "after")]
+        errors.append([*(block["output_error"] for block in report.blocks), *tuned])
+        for module in ("elutq.layerwise", "elutq.finetune.block"):
+            monkeypatch.setattr(f"{module}.may_round", lambda device: True)
+    assert errors[0] != errors[1]
+    assert errors[0] == pytest.approx(errors[1], rel=0.03)
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("undrawn")
 def test_a_gpu_finetunes_as_a_cpu_does(

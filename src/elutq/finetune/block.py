@@ -25,7 +25,7 @@ from elutq.finetune.objective import Heads, add, mean
 from elutq.finetune.quantized_block import Tuned, autocast, fill, result
 from elutq.finetune.task import TuningTask, Windows, get, put
 from elutq.finetune.tuning import Tuning
-from elutq.layerwise import Activations, HeldOut
+from elutq.layerwise import Activations, HeldOut, may_round
 
 #: Of a block's outputs, relative to their squares: errors are relative to no less.
 _LEAST_VARIANCE = 1e-6
@@ -59,7 +59,9 @@ class BlockTuner:
         self._task, self._world = task, task.world
         self._windows = Windows(task.text, task.options, task.world)
         # Residual streams of this process's windows, and what the full model's block makes of its own.
-        self._full, self._tuned, self._targets = (Activations(task.place) for _ in range(3))
+        learned = self._windows.train_count + self._windows.held_count
+        rounded = range(learned if may_round(task.world.device) else 0)
+        self._full, self._tuned, self._targets = (Activations(task.place, rounded) for _ in range(3))
         task.embed_both(self._windows, self._full, self._tuned)
         self._targets_of: int | None = None
 

@@ -114,13 +114,13 @@ class Windows:
 
 def put(stream: Activations, windows: Sequence[int], values: Tensor) -> None:
     """Store one tensor for each window."""
-    for window, value in zip(windows, values.to(stream.device), strict=True):
+    for window, value in zip(windows, values, strict=True):
         stream.overwrite(window, value)
 
 
 def get(stream: Activations, windows: Sequence[int], device: torch.device) -> Tensor:
     """What is stored for some windows, [windows, ...]."""
-    return torch.stack([stream[window] for window in windows]).to(device)
+    return torch.stack([stream.on(window, device) for window in windows])
 
 
 def own_windows(count: int, options: TuneOptions, world: World) -> list[int]:
