@@ -1,17 +1,20 @@
-"""What it takes to quantize and to finetune one decoder block on a device: a model is that, times its blocks.
+"""What it takes to quantize and to finetune a model on a device, from a block or a few of it.
 
     python benchmarks/one_block.py [--shape llama-3-8b] [--bits 2] [--device cuda] [--out FILE]
 
 A block with random weights on random inputs. HLQ-GPTQ calibrates on `--windows`, then block reconstruction
-tunes its result on `--tuned` windows, each as `elutq quantize --effort balanced` or `best` would. Counted is
-all that is done for the block, with the streams of activations; not files, embedding and head. A smaller run
-before it loads and compiles what comes first. Prints one JSON object.
+tunes its result on `--tuned` windows, each as `elutq quantize --effort balanced` would. Counted is all that
+is done for the block, with the streams of activations; not files, embedding and head. A smaller run before
+it loads and compiles what comes first.
+
+End-to-end tuning is measured with two and four blocks and fewer windows, and said to take a + b blocks +
+c windows + d blocks windows, in seconds and in memory. Prints one JSON object.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,8 @@ from elutq.bench import source_commit
 from elutq.blocks import BlockReader
 from elutq.calibrated import torch_settings
 from elutq.finetune.block import BlockTuner, TunedOutcome
-from elutq.finetune.options import EFFORTS, TuningText, choose
+from elutq.finetune.end_to_end import EndToEndOutcome, EndToEndTuner
+from elutq.finetune.options import FinetuneOptions, TuningText
 from elutq.finetune.task import TuningTask
 from elutq.gptq import SolverOptions
 from elutq.layerwise import LayerwiseQuantizer
@@ -35,6 +39,10 @@ from elutq.runtime import cpu_name
 from elutq.scheme import QuantScheme
 from elutq.shapes import SHAPES
 from elutq.world import World
+
+#: Of end-to-end tuning: blocks, enough to recompute activations as a model does, and shares of the windows.
+_BLOCKS = (2, 4)
+_SHARES = (32, 8)
 
 
 class RandomStreams(BlockReader):
@@ -68,11 +76,11 @@ class Measured:
         return given, figures
 
 
-class OneBlock:
-    """The block and its inputs."""
+class Blocks:
+    """Blocks and their inputs."""
 
-    def __init__(self, shape: str, bits: int, length: int, world: World) -> None:
-        self.model, self.world, self.length = RandomModel(shape), world, length
+    def __init__(self, shape: str, bits: int, length: int, world: World, count: int = 1) -> None:
+        self.model, self.world, self.length = RandomModel(shape, count), world, length
         self.reader = RandomStreams(self.model, world.device)
         self.modules = [name for name, _, _ in block_linears(self.model.engine)]
         self.schemes = {name: QuantScheme(bits, 128) for name in self.modules}
@@ -101,22 +109,23 @@ class OneBlock:
         self.model.quantized = store.matrices
         return {"windows": windows, "output_error": outcome.output_error, **figures}
 
-    def tune(self, windows: int, effort: str, measured: Measured) -> dict[str, Any]:
-        """Block reconstruction."""
-        options = choose(effort, None, windows)
-        assert options is not None
+    def task(self, stage: str, windows: int) -> TuningTask:
+        """A stage of finetuning."""
         text = TuningText(self.tokens(windows), self.tokens(JUDGES), self.tokens(HELD_OUT))
-        task = TuningTask(
+        return TuningTask(
             self.reader,
             self.model,
             self.modules,
             text,
-            options.block,
+            FinetuneOptions().tuning(stage),
             seed=0,
             world=self.world,
             place=self.world.device,
         )
-        tuner = BlockTuner(task)
+
+    def tune(self, windows: int, measured: Measured) -> dict[str, Any]:
+        """Block reconstruction of the first."""
+        tuner = BlockTuner(self.task("block", windows))
 
         def work() -> TunedOutcome:
             tuned, outcome = tuner.tune(0)
@@ -127,6 +136,26 @@ class OneBlock:
         errors = {"before": outcome.before, "after": outcome.after}
         return {"windows": windows, "steps": outcome.steps, **errors, **figures}
 
+    def tune_all(self, windows: int, measured: Measured) -> dict[str, Any]:
+        """End-to-end tuning."""
+        for module in self.modules:
+            self.model.read_hlq(module)
+
+        def work() -> EndToEndOutcome:
+            tuner = EndToEndTuner(self.task("e2e", windows))
+            return tuner.tune(Path("unused"), float("inf"))[1]
+
+        outcome, figures = measured(work)
+        return {"windows": windows, "steps": outcome.steps, **figures}
+
+
+def extrapolate(runs: Sequence[Mapping[str, Any]], blocks: int, windows: int) -> dict[str, float]:
+    """Seconds and bytes of so many blocks and windows, from four runs with two numbers of each."""
+    terms = np.array([[1, run["blocks"], run["windows"], run["blocks"] * run["windows"]] for run in runs])
+    wanted = np.array([1, blocks, windows, blocks * windows])
+    names = [name for name in ("seconds", "peak_bytes") if name in runs[0]]
+    return {name: float(wanted @ np.linalg.solve(terms, [run[name] for run in runs])) for name in names}
+
 
 def main() -> None:
     """Measure."""
@@ -136,17 +165,24 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=128, help="to calibrate on")
     parser.add_argument("--tuned", type=int, default=512, help="windows to finetune on")
-    parser.add_argument("--effort", choices=EFFORTS[1:], default="balanced")
     parser.add_argument("--device", help="by default a GPU if there is one")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     with World.join(options.device) as world, torch_settings(None, world.device):
-        block, measured = OneBlock(options.shape, options.bits, options.length, world), Measured(world.device)
+        given = options.shape, options.bits, options.length, world
+        block, measured = Blocks(*given), Measured(world.device)
         if world.device.type == "cuda":
             block.calibrate(2, measured)
-            block.tune(8, options.effort, measured)
+            block.tune(8, measured)
         calibration = block.calibrate(options.windows, measured)
-        tuning = block.tune(options.tuned, options.effort, measured)
+        tuning = block.tune(options.tuned, measured)
+        del block
+        end_to_end = []
+        for count in _BLOCKS:
+            few = Blocks(*given, count)
+            few.tune_all(8, measured)
+            numbers = [max(4, options.tuned // share) for share in _SHARES]
+            end_to_end += [{"blocks": count, **few.tune_all(windows, measured)} for windows in numbers]
         device = torch.cuda.get_device_name() if world.device.type == "cuda" else cpu_name()
     layers = SHAPES[options.shape]["num_hidden_layers"]
     result: dict[str, Any] = {
@@ -155,12 +191,14 @@ def main() -> None:
         "device": device,
         "cpu": cpu_name(),
         "torch": torch.__version__,
-        **{name: getattr(options, name) for name in ("shape", "bits", "length", "effort")},
+        **{name: getattr(options, name) for name in ("shape", "bits", "length")},
         "hlq_gptq": calibration,
         "block_reconstruction": tuning,
-        "minutes_of_all_blocks": {
-            name: layers * figures["seconds"] / 60
-            for name, figures in (("hlq_gptq", calibration), ("block_reconstruction", tuning))
+        "end_to_end": end_to_end,
+        "model": {
+            "hlq_gptq": {**calibration, "seconds": layers * calibration["seconds"]},
+            "block_reconstruction": {**tuning, "seconds": layers * tuning["seconds"]},
+            "end_to_end": extrapolate(end_to_end, layers, options.tuned),
         },
     }
     print(json.dumps(result))

@@ -1,5 +1,6 @@
-"""One decoder block with random weights, to measure quantization on: where it is read from, where it goes."""
+"""Decoder blocks with random weights, to measure quantization on: where they are read from, where they go."""
 
+import re
 import zlib
 
 import numpy as np
@@ -13,14 +14,15 @@ from elutq.shapes import SHAPES
 
 
 class RandomModel:
-    """One block of a shape, as a source of weights.
+    """Blocks of a shape, all alike, as a source of weights.
 
     Attributes:
-        quantized: matrices by module; those not in it are quantized without data, once they are read.
+        quantized: matrices by module of the first block; those not in it are quantized without data, once
+            they are read.
     """
 
-    def __init__(self, shape: str) -> None:
-        self.config = {**SHAPES[shape], "num_hidden_layers": 1}
+    def __init__(self, shape: str, blocks: int = 1) -> None:
+        self.config = {**SHAPES[shape], "num_hidden_layers": blocks}
         self.engine = engine_config(self.config)
         self._shapes = {
             f"{name}.weight": (rows, columns) for name, rows, columns in block_linears(self.engine)
@@ -32,6 +34,7 @@ class RandomModel:
 
     def read_float32(self, name: str, rows: slice = slice(None)) -> NDArray[np.float32]:
         """Normal numbers that keep outputs as large as inputs, others for each first row; ones for a norm."""
+        name = _in_first_block(name)
         if name not in self._shapes:
             return np.ones(self.engine.hidden_size, np.float32)[rows]
         if rows != slice(None):
@@ -48,6 +51,7 @@ class RandomModel:
 
     def read_hlq(self, module: str) -> HlqMatrix:
         """The same, quantized without data on a uniform grid; kept."""
+        module = _in_first_block(module)
         if module not in self.quantized:
             weight = self.read_float32(f"{module}.weight")
             self.quantized[module] = hlq.fit(weight, 2, 128, method="uniform")
@@ -55,6 +59,10 @@ class RandomModel:
 
     def release(self, name: str) -> None:
         """Nothing is kept."""
+
+
+def _in_first_block(name: str) -> str:
+    return re.sub(r"^model\.layers\.\d+\.", "model.layers.0.", name)
 
 
 class Memory:
