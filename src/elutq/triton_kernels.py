@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Columns that `choose_columns` visits at most: a tile of them is held in registers.
-COLUMNS = 128
 _ROWS = 8  # of one warp: with 128 columns, 32 numbers in each thread
 _WIDEST = 1024  # part of a group that a warp works on at a time
 _LEAST_GAP = tl.constexpr(1e-9)  # as in `soft_weights`
@@ -33,7 +31,7 @@ def choose_columns(
     Args:
         ascending: levels of each row, float32 [levels, rows].
         order: their codes, uint8, likewise.
-        matrix: D, float32 [columns, columns], of at most `COLUMNS`.
+        matrix: D, float32 [columns, columns]; of more than 128 columns, registers would not hold the tile.
         base: b, float32 [columns, rows].
         pull: p, likewise; changed.
         values: q, likewise; written.
