@@ -31,7 +31,7 @@ SMALL = {"calibration_samples": 8, "calibration_length": 64, "threads": 1}
 # which threads there still are: one of gloo's that outlives the interpreter can crash.
 COMMAND = """
 import atexit
-import sys
+import os
 from pathlib import Path
 
 import elutq.checkpoint.writer
@@ -41,7 +41,8 @@ from elutq.cli import main
 @atexit.register
 def name_threads():
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    print("threads at the end:", *names, file=sys.stderr)
+    # One write for each process, or their lines would mix.
+    os.write(2, f"threads at the end: {' '.join(names)}\\n".encode())
 
 
 elutq.checkpoint.writer._SYNC_BYTES = 1

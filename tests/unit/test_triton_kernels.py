@@ -1,6 +1,10 @@
 """The Triton kernels against torch: on a GPU if there is one, else in Triton's interpreter."""
 
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -8,8 +12,6 @@ pytest.importorskip("torch", reason="needs pip install '.[quantize]'")
 
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when it is imported
 pytest.importorskip("triton", reason="needs pip install '.[dev]'")
 
 from elutq import triton_kernels
@@ -17,8 +19,24 @@ from elutq.finetune import soft_weights
 from elutq.group_problem import GroupProblem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+compiled_or_interpreted = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="runs in a process of its own"
+)
 # Where the sigmoid is 0, its exponential may be infinite.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="these tests run as they are")
+def test_tritons_interpreter_agrees() -> None:
+    # Triton looks at the variable when it is imported, which transformers may have done in this process.
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"\b8 passed", done.stdout)
 
 
 @pytest.fixture
@@ -26,6 +44,7 @@ def random() -> torch.Generator:
     return torch.Generator(DEVICE).manual_seed(0)
 
 
+@compiled_or_interpreted
 @pytest.mark.parametrize(("bits", "columns"), [(1, 9), (2, 100), (3, 33), (4, 128)])
 def test_columns_are_chosen_as_in_torch(bits: int, columns: int, random: torch.Generator) -> None:
     def whole(low: int, high: int, *shape: int) -> torch.Tensor:
@@ -66,6 +85,7 @@ def test_a_group_of_many_columns_is_visited_in_blocks(random: torch.Generator) -
     assert float(losses[1]) == pytest.approx(float(losses[0]), rel=0.01)
 
 
+@compiled_or_interpreted
 @pytest.mark.parametrize(("bits", "columns"), [(1, 20), (2, 128), (3, 1100), (4, 64)])
 def test_soft_weights_are_those_of_torch(bits: int, columns: int, random: torch.Generator) -> None:
     latent, gradient = torch.randn((2, 3, 2, columns), generator=random, device=DEVICE)
