@@ -50,9 +50,9 @@ def settle(latent: Tensor, levels: Tensor, distance: float) -> None:
     if latent.device.type == "cpu":
         _core.settle(_rows(latent), _rows(levels), distance, torch.get_num_threads())
     elif latent.device.type == "cuda":
-        from elutq import triton_kernels
+        from elutq.triton_kernels import settle as settle_on_gpu
 
-        triton_kernels.settle(latent, levels, distance)
+        settle_on_gpu(latent, levels, distance)
     else:
         _settle(latent, levels, distance)
 
@@ -65,8 +65,10 @@ class _SoftWeights(torch.autograd.Function):
         ctx.save_for_backward(latent, levels)
         ctx.temperature = temperature
         values = torch.empty_like(latent)
-        ways = {"cpu": _values_on_cpu, "cuda": _values_on_gpu}
-        find = ways.get(latent.device.type, _values)
+        if latent.device.type == "cuda":
+            from elutq.triton_kernels import soft_values as find
+        else:
+            find = _values_on_cpu if latent.device.type == "cpu" else _values
         find(latent, levels, temperature, values)
         return values
 
@@ -74,31 +76,12 @@ class _SoftWeights(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (latent, levels) = gradients, ctx.saved_tensors
         found = torch.empty_like(latent), levels.new_empty(levels.shape)
-        ways = {"cpu": _gradients_on_cpu, "cuda": _gradients_on_gpu}
-        find = ways.get(latent.device.type, _gradients)
+        if latent.device.type == "cuda":
+            from elutq.triton_kernels import soft_gradients as find
+        else:
+            find = _gradients_on_cpu if latent.device.type == "cpu" else _gradients
         find(latent, levels, ctx.temperature, gradient, *found)
         return *found, None
-
-
-def _values_on_gpu(latent: Tensor, levels: Tensor, temperature: float, values: Tensor) -> None:
-    """The weights, by Triton."""
-    from elutq import triton_kernels
-
-    triton_kernels.soft_values(latent, levels, temperature, values)
-
-
-def _gradients_on_gpu(
-    latent: Tensor,
-    levels: Tensor,
-    temperature: float,
-    gradient: Tensor,
-    for_latent: Tensor,
-    for_levels: Tensor,
-) -> None:
-    """The gradients, by Triton."""
-    from elutq import triton_kernels
-
-    triton_kernels.soft_gradients(latent, levels, temperature, gradient, for_latent, for_levels)
 
 
 def _values(latent: Tensor, levels: Tensor, temperature: float, values: Tensor) -> None:
