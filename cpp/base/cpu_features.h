@@ -9,6 +9,7 @@ struct CpuFeatures {
   bool avx2 = false;         ///< AVX2, FMA and F16C
   bool avx512 = false;       ///< F, BW, VL and DQ
   bool avx512_vbmi = false;  ///< avx512 and VBMI and VNNI
+  bool intel = false;        ///< made by Intel
 };
 
 /// Features of the machine this runs on, measured once.

@@ -125,7 +125,7 @@ ELUTQ_INLINE float square_root(float f) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_s
 constexpr int kDenseRows = 2;
 constexpr int kDenseTokens = 2;
 constexpr int kAttentionRuns = 1;
-constexpr int kMostTokens[] = {0, 4, 2, 1, 1};
+constexpr int kMostTokens[] = {0, 4, 2, 2, 2};
 constexpr int64_t kLookAhead = 256;
 
 // ---- Byte rows --------------------------------------------------------------------------------------------------
@@ -149,9 +149,11 @@ ELUTQ_INLINE Bytes low_nibbles(Bytes v) { return _mm256_and_si256(v, _mm256_set1
 ELUTQ_INLINE Bytes high_nibbles(Bytes v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
 ELUTQ_INLINE Bytes lookup(Bytes table, Bytes index) { return _mm256_shuffle_epi8(table, index); }
 ELUTQ_INLINE Bytes add_bytes(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
+/// In this order: GCC would add what is added to each other first, and keep the sums of these in memory.
 ELUTQ_INLINE void add(Sums& sums, Bytes v) {
   sums.all = _mm256_add_epi16(sums.all, v);
   sums.odd = _mm256_add_epi16(sums.odd, _mm256_srli_epi16(v, 8));
+  asm("" : "+x"(sums.all), "+x"(sums.odd));
 }
 ELUTQ_INLINE Sums start_sums(int value) {
   return {_mm256_set1_epi16(static_cast<int16_t>(257 * value)), _mm256_set1_epi16(static_cast<int16_t>(value))};

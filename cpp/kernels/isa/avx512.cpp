@@ -6,7 +6,7 @@
 namespace elutq {
 namespace {
 
-constexpr int kMostTokens[] = {0, 4, 4, 2, 2};
+constexpr int kMostTokens[] = {0, 4, 4, 4, 2};
 constexpr int64_t kLookAhead = 256;
 
 constexpr int kBytes = 64;
@@ -30,9 +30,11 @@ ELUTQ_INLINE Bytes low_nibbles(Bytes v) { return _mm512_and_si512(v, _mm512_set1
 ELUTQ_INLINE Bytes high_nibbles(Bytes v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
 ELUTQ_INLINE Bytes lookup(Bytes table, Bytes index) { return _mm512_shuffle_epi8(table, index); }
 ELUTQ_INLINE Bytes add_bytes(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
+/// In this order: GCC would add what is added to each other first, and keep the sums of these in memory.
 ELUTQ_INLINE void add(Sums& sums, Bytes v) {
   sums.all = _mm512_add_epi16(sums.all, v);
   sums.odd = _mm512_add_epi16(sums.odd, _mm512_srli_epi16(v, 8));
+  asm("" : "+v"(sums.all), "+v"(sums.odd));
 }
 ELUTQ_INLINE Sums start_sums(int value) {
   return {_mm512_set1_epi16(static_cast<int16_t>(257 * value)), _mm512_set1_epi16(static_cast<int16_t>(value))};
