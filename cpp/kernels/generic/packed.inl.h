@@ -151,12 +151,15 @@ void pack_group(const HlqView& matrix, const Layout& layout, int64_t first, int6
   const HlqShape& shape = matrix.shape;
   const auto* scales = static_cast<const uint8_t*>(matrix.scales);
   const auto* zeros = static_cast<const uint8_t*>(matrix.zeros);
-  const auto param_bytes = static_cast<size_t>(layout.param_bytes);
+  const int64_t param_bytes = layout.param_bytes;
   std::memset(to, 0, static_cast<size_t>(layout.parameter_bytes));
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t index = (first + r) * layout.groups + group;
+    // Byte by byte, since a memcpy whose size the compiler does not know is a call for each parameter.
     const auto put = [&](int64_t p, const uint8_t* from, int64_t i) {
-      std::memcpy(to + (p * kTileRows + r) * layout.param_bytes, from + i * layout.param_bytes, param_bytes);
+      uint8_t* place = to + (p * kTileRows + r) * param_bytes;
+      place[0] = from[i * param_bytes];
+      if (param_bytes == 2) place[1] = from[i * param_bytes + 1];
     };
     for (int64_t p = 0; p < layout.bits; ++p) put(p, scales, index * layout.bits + p);
     put(layout.bits, zeros, index);
