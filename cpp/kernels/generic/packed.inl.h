@@ -175,8 +175,9 @@ void pack_group(const HlqView& matrix, const Layout& layout, int64_t first, int6
       for (int64_t b = 0; b < blocks; ++b) {
         uint32_t pairs[kStripRows] = {};
         for (int64_t r = 0; r < min_of(kStripRows, rows - strip); ++r) {
-          pairs[r] = pair_slots(read_block(matrix.planes + (first_row + r) * row_bytes, first_block + b, row_bytes));
+          pairs[r] = read_block(matrix.planes + (first_row + r) * row_bytes, first_block + b, row_bytes);
         }
+        for (uint32_t& pair : pairs) pair = pair_slots(pair);
         Lookup::put(pairs, plane + b * layout.block_bytes);
       }
     }
