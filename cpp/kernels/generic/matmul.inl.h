@@ -14,33 +14,35 @@ constexpr int64_t kFetchPageAhead = 4096;
 /// faster than memory. Intel's prefetchers end with a page and need help: `fetch`. Others are best left alone: the
 /// lines kLookAhead further on are touched, which keeps the prefetcher going. More tokens are slower than memory: their
 /// lines have the time to come from further away.
-template <int64_t bytes, int tokens, bool fetch>
-ELUTQ_INLINE void look_ahead(const uint8_t* from) {
+template <int64_t bytes, int tokens>
+ELUTQ_INLINE void look_ahead(const uint8_t* from, [[maybe_unused]] bool fetch) {
   if constexpr (kLookAhead != 0) {
-    unroll<(bytes + kCacheLine - 1) / kCacheLine>([&](auto i) ELUTQ_FLAT {
-      const uint8_t* line = from + i * kCacheLine;
-      if constexpr (tokens > 2) {
-        __builtin_prefetch(line + kFetchPageAhead, 0, 2);
-      } else if constexpr (fetch) {
-        __builtin_prefetch(line + kFetchAhead, 0, 3);
+    constexpr int kLines = (bytes + kCacheLine - 1) / kCacheLine;
+    if constexpr (tokens > 2) {
+      unroll<kLines>([&](auto i) ELUTQ_FLAT { __builtin_prefetch(from + kFetchPageAhead + i * kCacheLine, 0, 2); });
+    } else {
+      asm("" : "+r"(fetch));  // asked each time, or the compiler makes a loop for each answer
+      if (fetch) {
+        unroll<kLines>([&](auto i) ELUTQ_FLAT { __builtin_prefetch(from + kFetchAhead + i * kCacheLine, 0, 3); });
       } else {
-        touch(line + kLookAhead);
+        unroll<kLines>([&](auto i) ELUTQ_FLAT { touch(from + kLookAhead + i * kCacheLine); });
       }
-    });
+    }
   }
 }
 
 constexpr int64_t kBlockEntries = kBlockColumns / kSlotColumns * 16;  // bytes of tables per block
 
 /// One segment of one tile, `blocks` blocks of `planes`. acc: [tokens][kPanelRows], the sums so far of the tile's rows.
-template <int bits, int param_bits, int tokens, bool fetch>
+template <int bits, int param_bits, int tokens>
 ELUTQ_INLINE void multiply_segment(const uint8_t* parameters, const uint8_t* planes, int64_t blocks,
-                                   const TableView* tables, int64_t segment, int64_t first_block, float* acc) {
+                                   const TableView* tables, int64_t segment, int64_t first_block, bool fetch,
+                                   float* acc) {
   using Stored = Parameters<param_bits>;
   constexpr int64_t kBlockBytes = bits * kStrips * kStripBytes;
   // Strips of one pass: all, in the order of memory, while their sums leave registers for indices and tables.
   constexpr int kTogether = bits * tokens <= 8 ? kStrips : 1;
-  look_ahead<(bits + 1) * kTileRows * Stored::kBytes, tokens, fetch>(parameters);
+  look_ahead<(bits + 1) * kTileRows * Stored::kBytes, tokens>(parameters, fetch);
   // A pair's sum is found with 128 added; that of padding columns too, which is exactly 128.
   const Sums start = start_sums(static_cast<int>(blocks * (kBlockColumns / kSlotColumns / 2) * -128));
   unroll<kStrips / kTogether>([&](auto part) ELUTQ_FLAT {
@@ -53,7 +55,7 @@ ELUTQ_INLINE void multiply_segment(const uint8_t* parameters, const uint8_t* pla
     const uint8_t* entries[tokens];
     unroll<tokens>([&](auto t) ELUTQ_FLAT { entries[t] = tables[t].entries + first_block * kBlockEntries; });
     for (int64_t b = 0; b < blocks; ++b) {
-      look_ahead<kTogether * bits * kStripBytes, tokens, fetch>(strips);
+      look_ahead<kTogether * bits * kStripBytes, tokens>(strips, fetch);
       unroll<kTogether>([&](auto s) ELUTQ_FLAT {
         Lookup::template add_block<bits, tokens>(strips + s * bits * kStripBytes, entries, sums[s]);
       });
@@ -83,9 +85,10 @@ ELUTQ_INLINE void multiply_segment(const uint8_t* parameters, const uint8_t* pla
 }
 
 /// Segments [begin, end) of `tiles` neighbors of one panel. acc: [tokens][kPanelRows], the sums so far.
-template <int bits, int param_bits, int tokens, bool fetch>
+template <int bits, int param_bits, int tokens>
 [[gnu::noinline]] void multiply(const Layout& layout, const uint8_t* packed, int64_t tile, int64_t tiles,
                                 const TableView* tables, int64_t begin, int64_t end, float* acc) {
+  const bool fetch = cpu_features().intel;
   const int64_t segment_blocks = layout.segment_blocks;
   const int64_t segment_bytes = segment_blocks * layout.block_bytes;
   int64_t group = begin / layout.segments_per_group;
@@ -98,9 +101,8 @@ template <int bits, int param_bits, int tokens, bool fetch>
       const uint8_t* planes = parameters + layout.parameter_bytes + (begin - group_begin) * segment_bytes;
       int64_t block = begin * segment_blocks;
       for (int64_t segment = begin; segment < stop; ++segment, block += segment_blocks, planes += segment_bytes) {
-        multiply_segment<bits, param_bits, tokens, fetch>(parameters, planes,
-                                                          min_of(segment_blocks, layout.blocks - block), tables,
-                                                          segment, block, acc + i * kTileRows);
+        multiply_segment<bits, param_bits, tokens>(parameters, planes, min_of(segment_blocks, layout.blocks - block),
+                                                   tables, segment, block, fetch, acc + i * kTileRows);
       }
     }
     begin = stop;
@@ -121,14 +123,14 @@ void scale_rows(const uint8_t* row_scales, int64_t tiles, float* acc) {
 }
 
 /// The same for rows [row, row + rows) of one panel, with the sums so far in y when begin > 0.
-template <int bits, int param_bits, int tokens, bool fetch>
+template <int bits, int param_bits, int tokens>
 void multiply_rows(const Layout& layout, const uint8_t* packed, const TableView* tables, int64_t begin, int64_t end,
                    int64_t row, int64_t rows, float* y, int64_t y_stride) {
   alignas(64) float acc[tokens * kPanelRows] = {};
   const auto row_bytes = static_cast<size_t>(rows) * sizeof(float);
   for (int t = 0; begin > 0 && t < tokens; ++t) std::memcpy(acc + t * kPanelRows, y + t * y_stride + row, row_bytes);
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  multiply<bits, param_bits, tokens, fetch>(layout, packed, row / kTileRows, tiles, tables, begin, end, acc);
+  multiply<bits, param_bits, tokens>(layout, packed, row / kTileRows, tiles, tables, begin, end, acc);
   if constexpr (param_bits == 8) {
     if (end == layout.segments) scale_rows<tokens>(packed + layout.row_scales_offset(row / kTileRows), tiles, acc);
   }
@@ -141,7 +143,7 @@ constexpr int64_t kTableBytes = 24 * 1024;
 constexpr int64_t kChunkBytes = 384 * 1024;
 
 /// All rows of a chunk for `tokens` tokens, columns in runs whose tables fit the first-level cache.
-template <int bits, int param_bits, int tokens, bool fetch>
+template <int bits, int param_bits, int tokens>
 void multiply_chunk(const Layout& layout, const uint8_t* packed, const TableView* tables, int64_t row_begin,
                     int64_t row_end, float* y, int64_t y_stride) {
   const int64_t segment_bytes = layout.segment_blocks * kBlockEntries * tokens;
@@ -150,23 +152,22 @@ void multiply_chunk(const Layout& layout, const uint8_t* packed, const TableView
     const int64_t end = min_of(begin + run, layout.segments);
     for (int64_t row = row_begin; row < row_end;) {
       const int64_t next = min_of(row / kPanelRows * kPanelRows + kPanelRows, row_end);
-      multiply_rows<bits, param_bits, tokens, fetch>(layout, packed, tables, begin, end, row, next - row, y, y_stride);
+      multiply_rows<bits, param_bits, tokens>(layout, packed, tables, begin, end, row, next - row, y, y_stride);
       row = next;
     }
   }
 }
 
 /// Takes `count` tokens off the front while they last.
-template <int bits, int param_bits, int count, bool fetch>
+template <int bits, int param_bits, int count>
 ELUTQ_INLINE void take_tokens(const Layout& layout, const uint8_t* packed, const TableView*& tables, int64_t& tokens,
                               int64_t row_begin, int64_t row_end, float*& y, int64_t y_stride) {
-  constexpr bool kFetch = fetch && count <= 2 && kLookAhead != 0;  // where it makes a difference
   for (; tokens >= count; tokens -= count, tables += count, y += count * y_stride) {
-    multiply_chunk<bits, param_bits, count, kFetch>(layout, packed, tables, row_begin, row_end, y, y_stride);
+    multiply_chunk<bits, param_bits, count>(layout, packed, tables, row_begin, row_end, y, y_stride);
   }
 }
 
-template <int bits, int param_bits, bool fetch>
+template <int bits, int param_bits>
 void matmul_bits(const HlqShape& shape, const uint8_t* packed, const TableView* tables, int64_t tokens,
                  int64_t row_begin, int64_t row_end, float* y, int64_t y_stride) {
   const Layout layout(shape);
@@ -178,26 +179,20 @@ void matmul_bits(const HlqShape& shape, const uint8_t* packed, const TableView* 
     int64_t left = tokens;
     float* to = y;
     constexpr int kMost = kMostTokens[bits];
-    take_tokens<bits, param_bits, kMost, fetch>(layout, packed, next, left, begin, end, to, y_stride);
-    if constexpr (kMost > 4)
-      take_tokens<bits, param_bits, 4, fetch>(layout, packed, next, left, begin, end, to, y_stride);
-    if constexpr (kMost > 2)
-      take_tokens<bits, param_bits, 2, fetch>(layout, packed, next, left, begin, end, to, y_stride);
-    if constexpr (kMost > 1)
-      take_tokens<bits, param_bits, 1, fetch>(layout, packed, next, left, begin, end, to, y_stride);
+    take_tokens<bits, param_bits, kMost>(layout, packed, next, left, begin, end, to, y_stride);
+    if constexpr (kMost > 4) take_tokens<bits, param_bits, 4>(layout, packed, next, left, begin, end, to, y_stride);
+    if constexpr (kMost > 2) take_tokens<bits, param_bits, 2>(layout, packed, next, left, begin, end, to, y_stride);
+    if constexpr (kMost > 1) take_tokens<bits, param_bits, 1>(layout, packed, next, left, begin, end, to, y_stride);
   }
 }
 
 void matmul(const HlqShape& shape, const uint8_t* packed, const TableView* tables, int64_t tokens, int64_t row_begin,
             int64_t row_end, float* y, int64_t y_stride) {
-  constexpr decltype(&matmul) kMatmuls[2][2][kMaxBits] = {
-      {{matmul_bits<1, 16, false>, matmul_bits<2, 16, false>, matmul_bits<3, 16, false>, matmul_bits<4, 16, false>},
-       {matmul_bits<1, 8, false>, matmul_bits<2, 8, false>, matmul_bits<3, 8, false>, matmul_bits<4, 8, false>}},
-      {{matmul_bits<1, 16, true>, matmul_bits<2, 16, true>, matmul_bits<3, 16, true>, matmul_bits<4, 16, true>},
-       {matmul_bits<1, 8, true>, matmul_bits<2, 8, true>, matmul_bits<3, 8, true>, matmul_bits<4, 8, true>}},
+  constexpr decltype(&matmul) kMatmuls[][kMaxBits] = {
+      {matmul_bits<1, 16>, matmul_bits<2, 16>, matmul_bits<3, 16>, matmul_bits<4, 16>},
+      {matmul_bits<1, 8>, matmul_bits<2, 8>, matmul_bits<3, 8>, matmul_bits<4, 8>},
   };
-  kMatmuls[cpu_features().intel][shape.param_bits == 8][shape.bits - 1](shape, packed, tables, tokens, row_begin,
-                                                                        row_end, y, y_stride);
+  kMatmuls[shape.param_bits == 8][shape.bits - 1](shape, packed, tables, tokens, row_begin, row_end, y, y_stride);
 }
 
 }  // namespace
