@@ -12,10 +12,6 @@ namespace {
 
 constexpr int kCacheLine = 64;
 
-/// Loads a byte and forgets it, to fetch its cache line. Unlike a prefetch instruction it teaches the hardware
-/// prefetchers, and unlike a vector load it waits in no queue of the vector unit.
-ELUTQ_INLINE void touch(const uint8_t* byte) { static_cast<void>(*static_cast<const volatile uint8_t*>(byte)); }
-
 template <int value>
 struct Constant {
   constexpr operator int() const { return value; }

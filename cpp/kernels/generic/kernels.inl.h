@@ -16,7 +16,7 @@
 //   kDenseRows, kDenseTokens      block of outputs whose sums fit the registers
 //   kAttentionRuns                vectors of keys or values whose sums for four rows fit the registers: 1, 2 or 4
 //   kMostTokens[bits]             most tokens per pass whose integer sums fit the registers: 1, 2 or 4
-//   kLookAhead                    bytes ahead of one token's multiplication that lines are touched; 0 for never
+//   kFetches                      whether weights are fetched ahead (matmul.inl.h)
 //   Lookup                        by including byte_rows.inl.h or quad_slots.inl.h
 //
 // Everything is in unnamed namespaces and no template or inline function of the standard library is used: the linker

@@ -10,13 +10,12 @@ namespace {
 constexpr int64_t kFetchAhead = 2048;
 constexpr int64_t kFetchPageAhead = 4096;
 
-/// Sees to it that the memory after `from` is near when its turn comes, `bytes` bytes at a time. One or two tokens are
-/// faster than memory. Intel's prefetchers end with a page and need help: `fetch`. Others are best left alone: the
-/// lines kLookAhead further on are touched, which keeps the prefetcher going. More tokens are slower than memory: their
-/// lines have the time to come from further away.
+/// Fetches what is read some time after the `bytes` bytes at `from`. One or two tokens are faster than memory. Intel's
+/// prefetchers end with a page and need help: `fetch`. Others are best left alone. More tokens are slower than memory:
+/// their lines have the time to come from further away.
 template <int64_t bytes, int tokens>
 ELUTQ_INLINE void look_ahead(const uint8_t* from, [[maybe_unused]] bool fetch) {
-  if constexpr (kLookAhead != 0) {
+  if constexpr (kFetches) {
     constexpr int kLines = (bytes + kCacheLine - 1) / kCacheLine;
     if constexpr (tokens > 2) {
       unroll<kLines>([&](auto i) ELUTQ_FLAT { __builtin_prefetch(from + kFetchPageAhead + i * kCacheLine, 0, 2); });
@@ -24,8 +23,6 @@ ELUTQ_INLINE void look_ahead(const uint8_t* from, [[maybe_unused]] bool fetch) {
       asm("" : "+r"(fetch));  // asked each time, or the compiler makes a loop for each answer
       if (fetch) {
         unroll<kLines>([&](auto i) ELUTQ_FLAT { __builtin_prefetch(from + kFetchAhead + i * kCacheLine, 0, 3); });
-      } else {
-        unroll<kLines>([&](auto i) ELUTQ_FLAT { touch(from + kLookAhead + i * kCacheLine); });
       }
     }
   }
@@ -42,7 +39,6 @@ ELUTQ_INLINE void multiply_segment(const uint8_t* parameters, const uint8_t* pla
   constexpr int64_t kBlockBytes = bits * kStrips * kStripBytes;
   // Strips of one pass: all, in the order of memory, while their sums leave registers for indices and tables.
   constexpr int kTogether = bits * tokens <= 8 ? kStrips : 1;
-  look_ahead<(bits + 1) * kTileRows * Stored::kBytes, tokens>(parameters, fetch);
   // A pair's sum is found with 128 added; that of padding columns too, which is exactly 128.
   const Sums start = start_sums(static_cast<int>(blocks * (kBlockColumns / kSlotColumns / 2) * -128));
   unroll<kStrips / kTogether>([&](auto part) ELUTQ_FLAT {
@@ -63,14 +59,16 @@ ELUTQ_INLINE void multiply_segment(const uint8_t* parameters, const uint8_t* pla
       unroll<tokens>([&](auto t) ELUTQ_FLAT { entries[t] += kBlockEntries; });
     }
 
+    if constexpr (part == 0) look_ahead<(bits + 1) * kTileRows * Stored::kBytes, tokens>(parameters, fetch);
     unroll<kTogether * kStripRows / kLanes>([&](auto i) ELUTQ_FLAT {
       constexpr int kRow = kFirst * kStripRows + i * kLanes;
       constexpr int kStrip = i * kLanes / kStripRows;
       constexpr int kPart = i * kLanes % kStripRows / kLanes;
+      const uint8_t* of_rows = parameters + (bits + 1) * kRow * Stored::kBytes;
       Floats scales[bits];
-      Floats mid = Stored::load_zeros(parameters + (bits * kTileRows + kRow) * Stored::kBytes);
+      Floats mid = Stored::load_zeros(of_rows + bits * kLanes * Stored::kBytes);
       unroll<bits>([&](auto p) ELUTQ_FLAT {
-        scales[p] = Stored::load_scales(parameters + (p * kTileRows + kRow) * Stored::kBytes);
+        scales[p] = Stored::load_scales(of_rows + p * kLanes * Stored::kBytes);
         mid = fma(splat(0.5f), scales[p], mid);
       });
       unroll<tokens>([&](auto t) ELUTQ_FLAT {
@@ -96,9 +94,10 @@ template <int bits, int param_bits, int tokens>
     const int64_t group_begin = group * layout.segments_per_group;
     const int64_t stop = min_of(group_begin + layout.segments_per_group, end);
     const int64_t bytes = layout.bytes_of(group);
-    const uint8_t* parameters = packed + layout.offset(tile, group);
+    const uint8_t* parameters = packed + layout.offset(tile, group) + layout.parameters_offset(group);
+    const int64_t segments_offset = (begin - group_begin) * segment_bytes - layout.parameters_offset(group);
     for (int64_t i = 0; i < tiles; ++i, parameters += bytes) {
-      const uint8_t* planes = parameters + layout.parameter_bytes + (begin - group_begin) * segment_bytes;
+      const uint8_t* planes = parameters + segments_offset;
       int64_t block = begin * segment_blocks;
       for (int64_t segment = begin; segment < stop; ++segment, block += segment_blocks, planes += segment_bytes) {
         multiply_segment<bits, param_bits, tokens>(parameters, planes, min_of(segment_blocks, layout.blocks - block),

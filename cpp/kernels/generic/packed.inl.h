@@ -1,16 +1,17 @@
 // The packed matrix. A tile of kTileRows rows is what one pass multiplies; the tiles of a panel of kPanelRows rows lie
 // side by side, group by group, and are multiplied in that order: one sequential stream that reads the tables of a
 // group once per panel. (Tile after tile, the tables of a whole row would be read again for every tile, and the stream
-// in between would have driven them out of the first-level cache.)
+// in between would have driven them out of the first-level cache.) Everything lies in the order in which it is read,
+// since prefetchers lose a stream that goes back and forth.
 //
 //     for each panel:
 //         for each group, for each tile of the panel:
-//             scales [bits][kTileRows], zeros [kTileRows]: fp16, or 8 bits as on disk
 //             for each block of 32 columns of the group:
-//                 for each strip of kStripRows rows:   planes [bits][kStripRows * 4 bytes]
+//                 for each strip of kStripRows rows: bits x kStripBytes
+//             for each 16 rows of the tile:   scales [bits][16], zeros [16]: fp16, or 8 bits as on disk
 //         parameters of 8 bits: row scales fp32 [rows of the panel]
 //
-// How the 32 x kStripRows bits of one plane lie inside their strip is the business of the lookup (Lookup::put and
+// How the bits x 32 x kStripRows bits of a block lie inside their strip is the business of the lookup (Lookup::put and
 // Lookup::get). Rows past out_features and columns past in_features are zero; the last panel may have fewer tiles.
 
 namespace elutq {
@@ -21,7 +22,7 @@ constexpr int kTileRows = Lookup::kTileRows;
 constexpr int kStripRows = Lookup::kStripRows;
 constexpr int kStrips = Lookup::kTileRows / kStripRows;
 constexpr int64_t kStripBytes = kStripRows * kBlockColumns / 8;  // of one plane
-constexpr int kPanelRows = 128;
+constexpr int kPanelRows = 256;
 constexpr int kPanelTiles = kPanelRows / kTileRows;
 
 /// How scales and zeros of one width are read.
@@ -82,16 +83,22 @@ struct Layout {
         row_scale_bytes(shape.param_bits == 8 ? kTileRows * static_cast<int64_t>(sizeof(float)) : 0),
         tile_bytes(groups * parameter_bytes + blocks * block_bytes + row_scale_bytes) {}
 
-  /// Where the plane of a row's strip begins in a block.
-  int64_t plane_offset(int64_t plane, int64_t row_in_tile) const {
-    return (row_in_tile / kStripRows * bits + plane) * kStripBytes;
+  /// Where a row's strip begins in a block.
+  int64_t strip_offset(int64_t row_in_tile) const { return row_in_tile / kStripRows * bits * kStripBytes; }
+
+  /// Where scale `plane` of a row lies among the parameters of a tile's group; at plane = bits, its zero.
+  int64_t parameter_offset(int64_t plane, int64_t row_in_tile) const {
+    return ((row_in_tile / kLanes * (bits + 1) + plane) * kLanes + row_in_tile % kLanes) * param_bytes;
   }
 
   /// Blocks in group `group`; the last group may be short.
   int64_t blocks_of(int64_t group) const { return min_of(group_blocks, blocks - group * group_blocks); }
 
+  /// From the planes of a tile's group to its parameters.
+  int64_t parameters_offset(int64_t group) const { return blocks_of(group) * block_bytes; }
+
   /// Bytes of group `group` of one tile: from there to the same group of the panel's next tile.
-  int64_t bytes_of(int64_t group) const { return parameter_bytes + blocks_of(group) * block_bytes; }
+  int64_t bytes_of(int64_t group) const { return parameters_offset(group) + parameter_bytes; }
 
   /// The panel of a tile: its first tile, and one past its last.
   static int64_t panel_begin(int64_t tile) { return tile / kPanelTiles * kPanelTiles; }
@@ -113,7 +120,7 @@ struct Layout {
 
 int64_t packed_bytes(const HlqShape& shape) {
   const Layout layout(shape);
-  return layout.tiles * layout.tile_bytes + kLookAhead;
+  return layout.tiles * layout.tile_bytes;
 }
 
 /// Nibbles 7654'3210, the slots of a block, to the bytes 73'62'51'40, its pairs of slots.
@@ -152,12 +159,13 @@ void pack_group(const HlqView& matrix, const Layout& layout, int64_t first, int6
   const auto* scales = static_cast<const uint8_t*>(matrix.scales);
   const auto* zeros = static_cast<const uint8_t*>(matrix.zeros);
   const int64_t param_bytes = layout.param_bytes;
-  std::memset(to, 0, static_cast<size_t>(layout.parameter_bytes));
+  uint8_t* parameters = to + layout.parameters_offset(group);
+  std::memset(parameters, 0, static_cast<size_t>(layout.parameter_bytes));
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t index = (first + r) * layout.groups + group;
     // Byte by byte, since a memcpy whose size the compiler does not know is a call for each parameter.
     const auto put = [&](int64_t p, const uint8_t* from, int64_t i) {
-      uint8_t* place = to + (p * kTileRows + r) * param_bytes;
+      uint8_t* place = parameters + layout.parameter_offset(p, r);
       place[0] = from[i * param_bytes];
       if (param_bytes == 2) place[1] = from[i * param_bytes + 1];
     };
@@ -171,14 +179,14 @@ void pack_group(const HlqView& matrix, const Layout& layout, int64_t first, int6
   for (int64_t p = 0; p < layout.bits; ++p) {
     for (int64_t strip = 0; strip < kTileRows; strip += kStripRows) {
       const int64_t first_row = p * shape.out_features + first + strip;
-      uint8_t* plane = to + layout.parameter_bytes + layout.plane_offset(p, strip);
+      uint8_t* first_strip = to + layout.strip_offset(strip);
       for (int64_t b = 0; b < blocks; ++b) {
         uint32_t pairs[kStripRows] = {};
         for (int64_t r = 0; r < min_of(kStripRows, rows - strip); ++r) {
           pairs[r] = read_block(matrix.planes + (first_row + r) * row_bytes, first_block + b, row_bytes);
         }
         for (uint32_t& pair : pairs) pair = pair_slots(pair);
-        Lookup::put(pairs, plane + b * layout.block_bytes);
+        Lookup::put(pairs, layout.bits, p, first_strip + b * layout.block_bytes);
       }
     }
   }
@@ -222,14 +230,15 @@ void unpack_columns(const Layout& layout, const uint8_t* packed, int64_t row, in
   for (int64_t column = begin; column < end; column += kBlockColumns) {
     const int64_t block = column / kBlockColumns;
     const int64_t group = block / layout.group_blocks;
-    const uint8_t* parameters = packed + layout.offset(row / kTileRows, group);
-    const uint8_t* planes =
-        parameters + layout.parameter_bytes + (block - group * layout.group_blocks) * layout.block_bytes;
-    Floats low = Stored::splat_zero(parameters + (layout.bits * kTileRows + r) * Stored::kBytes);
+    const uint8_t* of_group = packed + layout.offset(row / kTileRows, group);
+    const uint8_t* parameters = of_group + layout.parameters_offset(group);
+    const uint8_t* strip =
+        of_group + (block - group * layout.group_blocks) * layout.block_bytes + layout.strip_offset(r);
+    Floats low = Stored::splat_zero(parameters + layout.parameter_offset(layout.bits, r));
     Floats high = low;
     for (int64_t p = 0; p < layout.bits; ++p) {
-      const Floats scale = Stored::splat_scale(parameters + (p * kTileRows + r) * Stored::kBytes);
-      const uint32_t columns = unpair_slots(Lookup::get(planes + layout.plane_offset(p, r), r % kStripRows));
+      const Floats scale = Stored::splat_scale(parameters + layout.parameter_offset(p, r));
+      const uint32_t columns = unpair_slots(Lookup::get(strip, layout.bits, p, r % kStripRows));
       low = fma(scale, from_bits(columns & 0xffffu), low);
       high = fma(scale, from_bits(columns >> 16), high);
     }

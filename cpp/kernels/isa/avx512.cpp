@@ -7,7 +7,7 @@ namespace elutq {
 namespace {
 
 constexpr int kMostTokens[] = {0, 4, 4, 4, 2};
-constexpr int64_t kLookAhead = 256;
+constexpr bool kFetches = true;
 
 constexpr int kBytes = 64;
 using Bytes = __m512i;

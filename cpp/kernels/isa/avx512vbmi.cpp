@@ -7,7 +7,7 @@ namespace elutq {
 namespace {
 
 constexpr int kMostTokens[] = {0, 8, 6, 4, 4};
-constexpr int64_t kLookAhead = 256;
+constexpr bool kFetches = true;
 
 using Bytes = __m512i;
 struct Sums {

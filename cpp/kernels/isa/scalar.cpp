@@ -116,7 +116,7 @@ constexpr int kDenseRows = 4;
 constexpr int kDenseTokens = 1;
 constexpr int kAttentionRuns = 1;
 constexpr int kMostTokens[] = {0, 1, 1, 1, 1};
-constexpr int64_t kLookAhead = 0;
+constexpr bool kFetches = false;
 
 constexpr int kBytes = 16;
 struct Bytes {
