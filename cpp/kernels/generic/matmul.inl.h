@@ -5,20 +5,19 @@
 namespace elutq {
 namespace {
 
-/// How far ahead weights are fetched, in bytes: by one or two tokens into the first-level cache, by more a page ahead
-/// into the second.
+/// How far ahead weights are fetched, in bytes: by one token into the first-level cache, by more into the second.
 constexpr int64_t kFetchAhead = 2048;
-constexpr int64_t kFetchPageAhead = 4096;
+constexpr int64_t kFetchFarAhead = 8192;
 
-/// Fetches what is read some time after the `bytes` bytes at `from`. One or two tokens are faster than memory. Intel's
-/// prefetchers end with a page and need help: `fetch`. Others are best left alone. More tokens are slower than memory:
-/// their lines have the time to come from further away.
+/// Fetches what is read some time after the `bytes` bytes at `from`. One token is faster than memory and reads one
+/// stream, which most prefetchers follow best if left alone. Intel's end with a page and need help: `fetch`. More
+/// tokens read as many streams of tables, in which the prefetchers get lost.
 template <int64_t bytes, int tokens>
 ELUTQ_INLINE void look_ahead(const uint8_t* from, [[maybe_unused]] bool fetch) {
   if constexpr (kFetches) {
     constexpr int kLines = (bytes + kCacheLine - 1) / kCacheLine;
-    if constexpr (tokens > 2) {
-      unroll<kLines>([&](auto i) ELUTQ_FLAT { __builtin_prefetch(from + kFetchPageAhead + i * kCacheLine, 0, 2); });
+    if constexpr (tokens > 1) {
+      unroll<kLines>([&](auto i) ELUTQ_FLAT { __builtin_prefetch(from + kFetchFarAhead + i * kCacheLine, 0, 2); });
     } else {
       asm("" : "+r"(fetch));  // asked each time, or the compiler makes a loop for each answer
       if (fetch) {
