@@ -18,7 +18,7 @@ LinearRunner::LinearRunner(std::string_view isa, int threads, bool exact)
 PackedLinear::PackedLinear(std::shared_ptr<LinearRunner> runner, const HlqView& matrix)
     : runner_(std::move(runner)), linear_(matrix.shape.out_features, matrix.shape.in_features) {
   const std::lock_guard lock(runner_->mutex());
-  linear_.set_hlq(runner_->backend(), matrix);
+  linear_.set_hlq(runner_->backend(), matrix, runner_->arena());
 }
 
 void PackedLinear::multiply(const float* x, int64_t tokens, float* y) const {

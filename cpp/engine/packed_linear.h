@@ -19,11 +19,14 @@ class LinearRunner {
 
   std::string_view isa() const { return backend_.kernels->isa; }
   const Backend& backend() const { return backend_; }
+  /// Where linears are packed; guarded by mutex().
+  Arena& arena() { return arena_; }
   std::mutex& mutex() { return mutex_; }
 
  private:
   ThreadPool pool_;
   Backend backend_;
+  Arena arena_;
   std::mutex mutex_;
 };
 

@@ -72,7 +72,7 @@ Linear& Weights::find_linear(std::string_view name) {
 
 void Weights::set_hlq(std::string_view name, const HlqView& matrix) {
   try {
-    find_linear(name).set_hlq(backend_, matrix);
+    find_linear(name).set_hlq(backend_, matrix, arena_);
   } catch (const std::invalid_argument& error) {
     throw std::invalid_argument(std::string(name) + ": " + error.what());
   }

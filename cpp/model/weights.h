@@ -79,6 +79,7 @@ class Weights {
 
   ModelConfig config_;
   Backend backend_;
+  Arena arena_;  // of the packed matrices
   Linear embed_tokens_, lm_head_;
   std::vector<float> norm_;
   std::vector<LayerWeights> layers_;

@@ -85,7 +85,7 @@ Linear::Linear(int64_t out_features, int64_t in_features) {
   shape_.in_features = in_features;
 }
 
-void Linear::set_hlq(const Backend& backend, const HlqView& matrix) {
+void Linear::set_hlq(const Backend& backend, const HlqView& matrix, Arena& arena) {
   const HlqShape& shape = matrix.shape;
   if (shape.out_features != out_features() || shape.in_features != in_features()) {
     throw std::invalid_argument("an HLQ matrix of shape " + shape_text(shape.out_features, shape.in_features) +
@@ -103,19 +103,22 @@ void Linear::set_hlq(const Backend& backend, const HlqView& matrix) {
     throw std::invalid_argument("HLQ groups have 32, 64, 128 or 256 columns or a whole row, not " +
                                 std::to_string(shape.group_size));
   }
-  AlignedBuffer<uint8_t> packed(backend.kernels->packed_bytes(shape));
+  const int64_t bytes = backend.kernels->packed_bytes(shape);
+  const std::shared_ptr<uint8_t> packed = arena.allocate(static_cast<size_t>(bytes));
   backend.pool->run_ranges(shape.out_features, backend.kernels->row_tile, [&](int64_t begin, int64_t end) {
-    backend.kernels->pack(matrix, begin, end, packed.data());
+    backend.kernels->pack(matrix, begin, end, packed.get());
   });
   shape_ = shape;
-  packed_ = std::move(packed);
+  packed_ = packed;
+  packed_bytes_ = bytes;
   dense_ = nullptr;
   owner_.reset();
 }
 
 void Linear::set_dense(DenseType type, const void* weights, std::shared_ptr<const void> owner) {
   shape_.bits = 0;
-  packed_ = {};
+  packed_ = nullptr;
+  packed_bytes_ = 0;
   dense_type_ = type;
   dense_ = weights;
   owner_ = std::move(owner);
@@ -130,7 +133,7 @@ int64_t Linear::row_bytes() const {
 
 void Linear::read_row(const KernelTable& kernels, int64_t row, float* weights) const {
   if (is_hlq()) {
-    kernels.unpack_row(shape_, packed_.data(), row, weights);
+    kernels.unpack_row(shape_, packed_.get(), row, weights);
   } else {
     const uint8_t* values = static_cast<const uint8_t*>(dense_) + row * row_bytes();
     kernels.to_float(dense_type_, values, in_features(), weights);
@@ -144,10 +147,10 @@ void Linear::multiply(const Backend& backend, const Activations& x, Rows tokens,
     kernels.matmul_dense(dense_type_, dense_, in_features(), x.row(tokens.begin), in_features(), tokens.count,
                          row_begin, row_end, y, y_stride);
   } else if (backend.exact) {
-    kernels.matmul_exact(shape_, packed_.data(), x.row(tokens.begin), in_features(), tokens.count, row_begin, row_end,
-                         y, y_stride);
+    kernels.matmul_exact(shape_, packed_.get(), x.row(tokens.begin), in_features(), tokens.count, row_begin, row_end, y,
+                         y_stride);
   } else {
-    kernels.matmul(shape_, packed_.data(), x.tables(shape_.segment_size()) + tokens.begin, tokens.count, row_begin,
+    kernels.matmul(shape_, packed_.get(), x.tables(shape_.segment_size()) + tokens.begin, tokens.count, row_begin,
                    row_end, y, y_stride);
   }
   if (!bias_.empty()) {

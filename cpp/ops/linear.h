@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/aligned.h"
+#include "base/arena.h"
 #include "ops/backend.h"
 
 namespace elutq {
@@ -62,9 +63,9 @@ class Linear {
   /// A module of this shape, without weights yet.
   Linear(int64_t out_features, int64_t in_features);
 
-  /// Packs an HLQ matrix in parallel. The view may go away afterwards.
+  /// Packs an HLQ matrix in parallel, into memory of `arena`. Both may go away afterwards.
   /// Throws std::invalid_argument when its shape is not this module's, or not one that kernels take.
-  void set_hlq(const Backend& backend, const HlqView& matrix);
+  void set_hlq(const Backend& backend, const HlqView& matrix, Arena& arena);
   /// Keeps `weights` [out_features][in_features] where it is, and `owner` alive with it.
   void set_dense(DenseType type, const void* weights, std::shared_ptr<const void> owner);
   /// Added to every product when not empty: [out_features].
@@ -79,7 +80,7 @@ class Linear {
   /// Bytes of the matrix, which every product must read.
   int64_t bytes() const { return out_features() * row_bytes(); }
   /// Memory that the packed matrix takes; 0 for a dense one, which belongs to its owner.
-  int64_t packed_bytes() const { return static_cast<int64_t>(packed_.size()); }
+  int64_t packed_bytes() const { return packed_bytes_; }
 
   /// Row `row` as fp32 [in_features]: embedding lookup.
   void read_row(const KernelTable& kernels, int64_t row, float* weights) const;
@@ -92,7 +93,8 @@ class Linear {
   friend class Activations;
 
   HlqShape shape_;  // bits is 0 unless HLQ
-  AlignedBuffer<uint8_t> packed_;
+  std::shared_ptr<const uint8_t> packed_;
+  int64_t packed_bytes_ = 0;
   DenseType dense_type_ = DenseType::kFloat32;
   const void* dense_ = nullptr;
   std::shared_ptr<const void> owner_;

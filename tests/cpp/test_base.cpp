@@ -4,12 +4,14 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "base/aligned.h"
+#include "base/arena.h"
 #include "base/cpu_features.h"
 #include "base/half.h"
 #include "base/thread_pool.h"
@@ -77,6 +79,28 @@ TEST_CASE("buffers are aligned to cache lines, and to huge pages when large") {
   CHECK(moved[kHugePageBytes / 4 + 4] == 1.0f);
   CHECK(AlignedBuffer<float>().empty());
   CHECK_THROWS_AS(AlignedBuffer<uint8_t>(std::numeric_limits<size_t>::max() - 5), std::bad_alloc);
+}
+
+TEST_CASE("an arena's buffers lie side by side and outlive it; a block goes with the last of them") {
+  std::shared_ptr<uint8_t> first, second;
+  {
+    Arena arena;
+    first = arena.allocate(kHugePageBytes + 1);
+    second = arena.allocate(100);
+    CHECK(reinterpret_cast<uintptr_t>(first.get()) % kHugePageBytes == 0);
+    CHECK(second.get() == first.get() + kHugePageBytes + kCacheLineBytes);
+    const std::shared_ptr<uint8_t> large = arena.allocate(size_t{129} << 20);
+    large.get()[(size_t{129} << 20) - 1] = 1;
+    CHECK(arena.allocate(100).get() == second.get() + 2 * kCacheLineBytes);
+    CHECK(arena.allocate(size_t{127} << 20).use_count() == 1);  // did not fit: a block of its own, freed at once
+    CHECK_THROWS_AS(arena.allocate(std::numeric_limits<size_t>::max() - 5), std::bad_alloc);
+    CHECK(first.use_count() == 2);
+  }
+  first.get()[kHugePageBytes] = 7;
+  second.get()[99] = 8;
+  first = nullptr;
+  CHECK(second.use_count() == 1);
+  CHECK(second.get()[99] == 8);
 }
 
 TEST_CASE("every fp16 value survives the way through float") {

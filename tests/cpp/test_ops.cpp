@@ -57,10 +57,11 @@ TEST_CASE("a group of linears gives each one's product, bias and residual, for a
   for (const int threads : {1, 2, 5}) {
     ThreadPool pool(threads);
     const Backend backend{&select_kernels(""), &pool, true};
+    Arena arena;
     std::array<Linear, 3> linears = {Linear(70, kIn), Linear(33, kIn), Linear(45, kIn)};
-    linears[0].set_hlq(backend, first.view());
+    linears[0].set_hlq(backend, first.view(), arena);
     linears[0].bias() = bias;
-    linears[1].set_hlq(backend, second.view());
+    linears[1].set_hlq(backend, second.view(), arena);
     linears[2].set_dense(DenseType::kFloat32, dense.data(), nullptr);
     const Activations x = activations(values, kTokens, kIn);
     std::vector<float> y(kTokens * 70), z(kTokens * 33), u(kTokens * 50), residual(kTokens * 33, 10.0F);
@@ -106,9 +107,10 @@ TEST_CASE("linears may read different rows, and rows of other activations") {
     for (const int threads : {1, 3}) {
       ThreadPool pool(threads);
       const Backend backend{&select_kernels(""), &pool, exact};
+      Arena arena;
       std::array<Linear, 2> linears = {Linear(70, kIn), Linear(33, kIn)};
-      linears[0].set_hlq(backend, first.view());
-      linears[1].set_hlq(backend, second.view());
+      linears[0].set_hlq(backend, first.view(), arena);
+      linears[1].set_hlq(backend, second.view(), arena);
       Activations x = activations(values, 4, kIn);
       for (const Linear& linear : linears) x.reserve_tables(linear);
       const std::array<const Linear*, 2> consumers = {&linears[0], &linears[1]};
@@ -134,6 +136,7 @@ TEST_CASE("linears may read different rows, and rows of other activations") {
 TEST_CASE("tables are built per segment size and shared") {
   ThreadPool pool(2);
   const Backend backend{&select_kernels(""), &pool, false};
+  Arena arena;
   constexpr int64_t kIn = 256;
   const HlqData narrow({64, kIn, 2, 32}, 1);
   const HlqData wide({64, kIn, 3, 128}, 2);
@@ -142,7 +145,7 @@ TEST_CASE("tables are built per segment size and shared") {
   Activations x = activations(normals(2 * kIn, 4), 2, kIn);
   const std::array<const HlqData*, 3> data = {&narrow, &wide, &row};
   for (size_t i = 0; i < linears.size(); ++i) {
-    linears[i].set_hlq(backend, data[i]->view());
+    linears[i].set_hlq(backend, data[i]->view(), arena);
     x.reserve_tables(linears[i]);
   }
   CHECK(x.tables(32) != nullptr);
@@ -170,10 +173,11 @@ TEST_CASE("tables are built per segment size and shared") {
 TEST_CASE("rows are read back from every kind of matrix") {
   ThreadPool pool(1);
   const Backend backend{&select_kernels(""), &pool, false};
+  Arena arena;
   const HlqData data({10, 100, 3, 32}, 1);
   Linear linear(10, 100);
   std::vector<float> row(100);
-  linear.set_hlq(backend, data.view());
+  linear.set_hlq(backend, data.view(), arena);
   linear.read_row(*backend.kernels, 9, row.data());
   for (int64_t k = 0; k < 100; ++k) CHECK(row[k] == doctest::Approx(data.weight(9, k)).epsilon(1e-6));
   CHECK(linear.row_bytes() == 3 * 13 + 2 * 4 * 4);
@@ -190,21 +194,23 @@ TEST_CASE("rows are read back from every kind of matrix") {
 TEST_CASE("a row's bytes are those on disk") {
   ThreadPool pool(1);
   const Backend backend{&select_kernels(""), &pool, false};
+  Arena arena;
   Linear linear(10, 100);
-  linear.set_hlq(backend, HlqData({10, 100, 3, 32}, 1).view());
+  linear.set_hlq(backend, HlqData({10, 100, 3, 32}, 1).view(), arena);
   CHECK(linear.row_bytes() == 3 * 13 + 2 * 4 * 4);
-  linear.set_hlq(backend, HlqData({10, 100, 3, 32, 8}, 1).view());
+  linear.set_hlq(backend, HlqData({10, 100, 3, 32, 8}, 1).view(), arena);
   CHECK(linear.row_bytes() == 3 * 13 + 4 * 4 + 2);
 }
 
 TEST_CASE("matrices that do not fit are refused") {
   ThreadPool pool(1);
   const Backend backend{&select_kernels(""), &pool, false};
+  Arena arena;
   Linear linear(10, 100);
-  CHECK_THROWS_AS(linear.set_hlq(backend, HlqData({10, 96, 2, 32}, 1).view()), std::invalid_argument);
-  CHECK_THROWS_AS(linear.set_hlq(backend, HlqData({10, 100, 2, 48}, 1).view()), std::invalid_argument);
-  CHECK_THROWS_AS(linear.set_hlq(backend, HlqData({10, 100, 5, 32}, 1).view()), std::invalid_argument);
-  CHECK_THROWS_AS(linear.set_hlq(backend, HlqData({10, 100, 2, 32, 4}, 1).view()), std::invalid_argument);
+  CHECK_THROWS_AS(linear.set_hlq(backend, HlqData({10, 96, 2, 32}, 1).view(), arena), std::invalid_argument);
+  CHECK_THROWS_AS(linear.set_hlq(backend, HlqData({10, 100, 2, 48}, 1).view(), arena), std::invalid_argument);
+  CHECK_THROWS_AS(linear.set_hlq(backend, HlqData({10, 100, 5, 32}, 1).view(), arena), std::invalid_argument);
+  CHECK_THROWS_AS(linear.set_hlq(backend, HlqData({10, 100, 2, 32, 4}, 1).view(), arena), std::invalid_argument);
   CHECK_THROWS_AS(Linear(0, 5), std::invalid_argument);
   Activations x(1, 99);
   CHECK_THROWS_AS(x.reserve_tables(linear), std::invalid_argument);
