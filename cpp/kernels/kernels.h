@@ -142,7 +142,8 @@ struct AttentionTile {
   int64_t heads = 0;
   const float* q = nullptr;  ///< q[t * q_stride + h * head_dim + d]
   int64_t q_stride = 0;
-  float scale = 0.0f;  ///< of the scores
+  float scale = 0.0f;             ///< of the scores
+  const uint8_t* next = nullptr;  ///< memory that is read after this tile, if known: fetched meanwhile
 
   [[gnu::always_inline]] int64_t rows() const { return tokens * heads; }
   /// First section that a token sees, and one past the last.

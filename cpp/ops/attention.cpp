@@ -18,6 +18,12 @@ constexpr int64_t kItemsPerThread = 8;
 /// Floats of a section's partials.
 int64_t partials_size(const AttentionTile& tile) { return tile.rows() * partial_floats(tile.layout); }
 
+/// Where the keys that it reads first lie.
+const uint8_t* first_page(const AttentionTile& tile) {
+  const int64_t position = tile.window == 0 ? 0 : std::max<int64_t>(tile.position + 1 - tile.window, 0);
+  return tile.pages[position / kPagePositions] + tile.head_offset;
+}
+
 void grow(std::vector<float>& buffer, int64_t size) {
   if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
 }
@@ -36,10 +42,14 @@ Attention::Attention(const Backend& backend, const AttentionShape& shape)
 void Attention::run(const float* q, std::span<const AttentionRun> runs, int64_t window, float* out) {
   make_items(q, runs, window, out);
   const auto items = static_cast<int64_t>(items_.size());
+  const auto threads = static_cast<size_t>(backend_.pool->size());
   pieces_.clear();
   int64_t floats = 0;
-  for (Item& item : items_) {
+  for (size_t i = 0; i < items_.size(); ++i) {
+    Item& item = items_[i];
     item.partials = floats;
+    // Items are claimed from the last on; by threads of one speed, in turns.
+    if (i >= threads) item.tile.next = first_page(items_[i - threads].tile);
     for (int64_t s = item.tile.section_begin(); s < item.tile.section_end(); ++s) {
       pieces_.push_back({&item, s});
       floats += partials_size(item.tile);

@@ -5,8 +5,8 @@
 namespace elutq {
 namespace {
 
-/// Fetches `bytes` bytes from `from` on into the second-level cache. A page is too short for the hardware to learn
-/// where it goes on: while one is used, the next is fetched by hand.
+/// Fetches `bytes` bytes from `from` on into the second-level cache. A page's keys or values are too short for the
+/// hardware to learn where it goes on: while they are used, what comes next is fetched by hand.
 template <int64_t bytes>
 ELUTQ_INLINE void prefetch(const uint8_t* from) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
@@ -67,7 +67,7 @@ ELUTQ_INLINE void for_each_row_block(int64_t count, const Body& body) {
 }
 
 /// Scores of `rows` rows from `row` on and all positions of a page, seen or not; scores: of the page's first position;
-/// ahead: bytes from the page to the next.
+/// ahead: bytes from the keys to what comes after them.
 template <KvType type, int rows>
 void score_page(const Section& section, int64_t row, const uint8_t* page, int64_t ahead, float* scores) {
   const KvLayout& layout = section.tile.layout;
@@ -191,25 +191,33 @@ void weigh_page(const Section& section, int64_t row, int64_t first, const uint8_
 
 template <KvType type>
 void attend(const Section& section, float* scores, float* partials) {
-  const int64_t rows = section.tile.rows();
-  const int64_t stride = partial_floats(section.tile.layout);
+  const AttentionTile& tile = section.tile;
+  const int64_t rows = tile.rows();
+  const int64_t stride = partial_floats(tile.layout);
+  const Range all = {section.visible(0).begin, section.visible(rows - 1).end};
+  const int64_t first_page = all.begin / kPagePositions * kPagePositions;
   // page(rows, row, first position, ...) for all blocks of rows and the pages they see, page by page.
   const auto for_each_page = [&](const auto& visit) {
-    const Range all = {section.visible(0).begin, section.visible(rows - 1).end};
-    for (int64_t first = all.begin / kPagePositions * kPagePositions; first < all.end; first += kPagePositions) {
+    for (int64_t first = first_page; first < all.end; first += kPagePositions) {
       for_each_row_block(rows, [&](auto count, int64_t row) ELUTQ_FLAT {
         const Range seen = {section.visible(row).begin, section.visible(row + count - 1).end};
         if (!seen.within({first, first + kPagePositions}).empty()) visit(count, row, first, section.page(first));
       });
     }
   };
-  const int64_t last = section.visible(rows - 1).end;
-  // Bytes from a page to the next one, 0 at the last.
-  const auto ahead = [&](int64_t first, const uint8_t* page) {
-    return first + kPagePositions < last ? section.page(first + kPagePositions) - page : 0;
+  // Bytes from what lies at `offset` in a page to the same in the next; in the last, to `then`, or 0 if that is
+  // unknown.
+  const auto ahead = [&](int64_t first, int64_t offset, const uint8_t* then) {
+    const bool last = first + kPagePositions >= all.end;
+    const uint8_t* next = last ? then : section.page(first + kPagePositions) + offset;
+    return next == nullptr ? 0 : next - (section.page(first) + offset);
   };
+  const int64_t values = tile.layout.values_offset();
+  const uint8_t* first_values = section.page(first_page) + values;
+  const bool more = section.first_position + kSectionPositions < tile.position + tile.tokens;
+  const uint8_t* next_keys = more ? section.page(kSectionPositions) : tile.next;
   for_each_page([&](auto count, int64_t row, int64_t first, const uint8_t* page) ELUTQ_FLAT {
-    score_page<type, count>(section, row, page, ahead(first, page), scores + row * kScoreStride + first);
+    score_page<type, count>(section, row, page, ahead(first, 0, first_values), scores + row * kScoreStride + first);
   });
   for (int64_t row = 0; row < rows; ++row) {
     const Range range = section.visible(row);
@@ -220,8 +228,8 @@ void attend(const Section& section, float* scores, float* partials) {
                     partial[stride - 1]);
   }
   for_each_page([&](auto count, int64_t row, int64_t first, const uint8_t* page) ELUTQ_FLAT {
-    weigh_page<type, count>(section, row, first, page, ahead(first, page), scores + row * kScoreStride + first,
-                            partials + row * stride);
+    weigh_page<type, count>(section, row, first, page, ahead(first, values, next_keys),
+                            scores + row * kScoreStride + first, partials + row * stride);
   });
 }
 
