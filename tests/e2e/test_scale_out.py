@@ -81,7 +81,7 @@ def matrices(folder: Path) -> dict[str, HlqMatrix]:
 
 def check_alike(one: Path, several: Path, report: dict[str, Any]) -> None:
     """The same but for the order of sums, which tips a few codes that were as near to another. What is solved
-    after such a code may end in another solution, as good as the first: its errors are compared, not its codes."""
+    after such a code may end in another solution, as good as the first: there, errors are compared."""
     expected, found = matrices(one), matrices(several)
     assert list(expected) == list(found)
     for name in ("q_proj", "k_proj", "v_proj"):  # solved before any code could tip
@@ -179,8 +179,8 @@ def test_two_processes_finetune_what_one_does(tmp_path: Path, two_blocks: Path, 
         assert tuned["name"] == expected["name"]
         for a, b in zip(tuned.get("blocks", [tuned]), expected.get("blocks", [expected]), strict=True):
             assert a["steps"] == b["steps"]
-            assert a["before"] == pytest.approx(b["before"], rel=0.02)
-            assert a["after"] == pytest.approx(b["after"], rel=0.02)
+            assert a["before"] == pytest.approx(b["before"], rel=0.05)
+            assert a["after"] == pytest.approx(b["after"], rel=0.05)
             assert a["after"] < a["before"]
 
 
