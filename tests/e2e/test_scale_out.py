@@ -80,22 +80,20 @@ def matrices(folder: Path) -> dict[str, HlqMatrix]:
 
 
 def check_alike(one: Path, several: Path, report: dict[str, Any]) -> None:
-    """The same but for the order of sums, which tips a few codes that were as near to another. What is solved
-    after such a code may end in another solution, as good as the first: there, errors are compared."""
+    """The same but for the order of sums, which tips a few codes that were as near to another."""
     expected, found = matrices(one), matrices(several)
     assert list(expected) == list(found)
-    for name in ("q_proj", "k_proj", "v_proj"):  # solved before any code could tip
-        module = f"model.layers.0.self_attn.{name}"
-        a, b = hlq.dequantize(expected[module]), hlq.dequantize(found[module])
+    for module, matrix in expected.items():
+        a, b = hlq.dequantize(matrix), hlq.dequantize(found[module])
         assert np.square(a - b).sum() < 1e-2 * np.square(a).sum(), module
-        assert np.mean(expected[module].planes == found[module].planes) > 0.99, module
+    planes = [(expected[module].planes, found[module].planes) for module in expected]
+    assert np.mean(np.concatenate([(a == b).ravel() for a, b in planes])) > 0.99
     single = json.loads((one / "quantization_report.json").read_text())
     assert report["nll"]["tokens"] == single["nll"]["tokens"]
     assert report["nll"]["full"] == pytest.approx(single["nll"]["full"], rel=1e-6)
-    assert report["nll"]["quantized"] == pytest.approx(single["nll"]["quantized"], abs=1e-2)
-    assert report["nll"]["kl"] == pytest.approx(single["nll"]["kl"], rel=0.1)
+    assert report["nll"]["quantized"] == pytest.approx(single["nll"]["quantized"], abs=2e-3)
     for found_block, block in zip(report["blocks"], single["blocks"], strict=True):
-        assert found_block["output_error"] == pytest.approx(block["output_error"], rel=0.05)
+        assert found_block["output_error"] == pytest.approx(block["output_error"], rel=0.02)
     for module, outcome in single["outputs"].items():
         assert report["outputs"][module]["tokens"] == outcome["tokens"]
         assert report["outputs"][module]["output_error"] == pytest.approx(outcome["output_error"], rel=0.05)
@@ -179,8 +177,8 @@ def test_two_processes_finetune_what_one_does(tmp_path: Path, two_blocks: Path, 
         assert tuned["name"] == expected["name"]
         for a, b in zip(tuned.get("blocks", [tuned]), expected.get("blocks", [expected]), strict=True):
             assert a["steps"] == b["steps"]
-            assert a["before"] == pytest.approx(b["before"], rel=0.05)
-            assert a["after"] == pytest.approx(b["after"], rel=0.05)
+            assert a["before"] == pytest.approx(b["before"], rel=0.02)
+            assert a["after"] == pytest.approx(b["after"], rel=0.02)
             assert a["after"] < a["before"]
 
 
