@@ -168,7 +168,10 @@ def test_two_processes_finetune_what_one_does(tmp_path: Path, two_blocks: Path, 
     script, several, one = tmp_path / "finetune.py", tmp_path / "several", tmp_path / "one"
     script.write_text(FINETUNE)
     for out, command in ((one, [sys.executable, str(script)]), (several, torchrun(2, str(script)))):
-        subprocess.run([*command, str(two_blocks), str(out), str(text)], check=True, capture_output=True)
+        done = subprocess.run(
+            [*command, str(two_blocks), str(out), str(text)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
     single, report = (json.loads((out / "quantization_report.json").read_text()) for out in (one, several))
     check_alike(one, several, report)
     bits = {matrix.bits for matrix in matrices(several).values()}
