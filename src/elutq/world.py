@@ -4,6 +4,7 @@ Every process runs the same program and meets the others in the collective calls
 Alone, each of them is nothing or the identity, and torch is not needed.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from elutq.errors import ElutqError, InvalidArgumentError, WorkerLostError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 
@@ -88,8 +90,8 @@ class World:
         import torch
         import torch.distributed as dist
 
-        # Its functions' defaults are the group that there is when they are imported. Imported later, they
-        # would keep ours, and with it gloo's threads, which can crash when they outlive the interpreter.
+        # Its functions' defaults are the group that there is when they are imported: later, they would be
+        # ours and keep it.
         import torch.distributed.nn.functional
 
         cuda = self.device.type == "cuda"
@@ -113,6 +115,11 @@ class World:
         if self._made:
             import torch.distributed as dist
 
+            # Nothing may keep the group, and with it gloo's threads, which can crash when they outlive the
+            # interpreter. A mesh would, which DTensor never forgets, and sharded modules, which are cycles.
+            if "mesh" in vars(self):
+                getattr(self.mesh, "_pg_registry", {}).clear()
+                gc.collect()
             dist.destroy_process_group()
             self._made = False
 
@@ -132,6 +139,13 @@ class World:
         if self.size > 1 and chosen.type == "cuda" and chosen.index is None:
             return choose_device(f"cuda:{self.local_rank}")
         return chosen
+
+    @cached_property
+    def mesh(self) -> "DeviceMesh":
+        """All processes in a row, for modules whose weights they share out."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(self.device.type, (self.size,))
 
     @property
     def threads(self) -> int | None:

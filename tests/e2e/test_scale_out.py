@@ -27,15 +27,12 @@ pytest.importorskip("transformers")
 
 SMALL = {"calibration_samples": 8, "calibration_length": 64, "threads": 1}
 
-# The command line, but every matrix survives a kill, as the large ones of real models do. At its end it says
-# which threads there still are: one of gloo's that outlives the interpreter can crash.
-COMMAND = """
+# At its end a process says which threads there still are: one of gloo's that outlives the interpreter can
+# crash.
+NAME_THREADS = """
 import atexit
 import os
 from pathlib import Path
-
-import elutq.checkpoint.writer
-from elutq.cli import main
 
 
 @atexit.register
@@ -44,6 +41,12 @@ def name_threads():
     # One write for each process, or their lines would mix.
     os.write(2, f"threads at the end: {' '.join(names)}\\n".encode())
 
+"""
+
+# The command line, but every matrix survives a kill, as the large ones of real models do.
+COMMAND = """
+import elutq.checkpoint.writer
+from elutq.cli import main
 
 elutq.checkpoint.writer._SYNC_BYTES = 1
 main()
@@ -77,6 +80,12 @@ def matrices(folder: Path) -> dict[str, HlqMatrix]:
             module: replace(matrix, **{name: array.copy() for name, array in matrix.arrays.items()})
             for module, matrix in found.items()
         }
+
+
+def check_threads_ended(stderr: str, processes: int) -> None:
+    ends = [line for line in stderr.splitlines() if line.startswith("threads at the end:")]
+    assert len(ends) == processes
+    assert not any("gloo" in line for line in ends)
 
 
 def check_alike(one: Path, several: Path, report: dict[str, Any]) -> None:
@@ -166,12 +175,16 @@ quantize(
 @pytest.mark.slow
 def test_two_processes_finetune_what_one_does(tmp_path: Path, two_blocks: Path, text: Path) -> None:
     script, several, one = tmp_path / "finetune.py", tmp_path / "several", tmp_path / "one"
-    script.write_text(FINETUNE)
-    for out, command in ((one, [sys.executable, str(script)]), (several, torchrun(2, str(script)))):
+    script.write_text(NAME_THREADS + FINETUNE)
+    for out, processes, command in (
+        (one, 1, [sys.executable, str(script)]),
+        (several, 2, torchrun(2, str(script))),
+    ):
         done = subprocess.run(
             [*command, str(two_blocks), str(out), str(text)], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
+        check_threads_ended(done.stderr, processes)
     single, report = (json.loads((out / "quantization_report.json").read_text()) for out in (one, several))
     check_alike(one, several, report)
     bits = {matrix.bits for matrix in matrices(several).values()}
@@ -218,7 +231,7 @@ def test_a_dying_process_ends_the_job_which_goes_on_later(
     tmp_path: Path, two_blocks: Path, text: Path, by_two: tuple[Path, dict[str, Any]]
 ) -> None:
     script, out = tmp_path / "command.py", tmp_path / "out"
-    script.write_text(COMMAND)
+    script.write_text(NAME_THREADS + COMMAND)
     command = torchrun(2, str(script), *options(two_blocks, out, text, "--json"))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     journal = tmp_path / "out.partial" / ".elutq-journal"
@@ -235,9 +248,7 @@ def test_a_dying_process_ends_the_job_which_goes_on_later(
     assert not out.exists()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    ends = [line for line in done.stderr.splitlines() if line.startswith("threads at the end:")]
-    assert len(ends) == 2
-    assert not any("gloo" in line for line in ends)
+    check_threads_ended(done.stderr, processes=2)
     assert (out / "model.safetensors").read_bytes() == (by_two[0] / "model.safetensors").read_bytes()
     with load(out) as model:
         assert model.generate("Once", max_new_tokens=4)

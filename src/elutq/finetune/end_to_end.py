@@ -102,7 +102,7 @@ class EndToEndTuner:
             self._blocks.append(block)
             self._modules.append(_BlockModule(block))
             if shard:
-                fully_shard(self._modules[-1])
+                fully_shard(self._modules[-1], mesh=self._world.mesh)
         self._norm = {FINAL_NORM.removesuffix(".weight"): reader.final_norm()}
         set_vectors(self._norm, {FINAL_NORM: task.model.read_float32(FINAL_NORM)})
         self._recompute = recomputes(engine, length, task.options, task.world)
