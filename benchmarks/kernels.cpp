@@ -217,34 +217,35 @@ void bench_attention(const KernelTable& kernels, ThreadPool& pool, KvType type, 
   constexpr int64_t kKvHeads = 8;
   constexpr int64_t kLayers = 8;
   const AttentionShape shape{.num_attention_heads = kKvHeads * group, .num_key_value_heads = kKvHeads, .head_dim = 128};
-  const KvLayout layout{type, shape.head_dim};
+  const KvLayout layout{type, kKvHeads, shape.head_dim};
   const std::vector<float> q = random_floats(tokens * shape.q_size());
+  const std::vector<float> kv = random_floats(shape.kv_size());
   std::vector<float> out(q.size());
   std::vector<AlignedBuffer<uint8_t>> pages;
   std::vector<const uint8_t*> addresses;
   for (int64_t position = 0; position < context; ++position) {
     const int64_t slot = position % kPagePositions;
-    if (slot == 0) addresses.push_back(pages.emplace_back(kLayers * kKvHeads * layout.bytes()).data());
-    for (int64_t head = 0; head < kLayers * kKvHeads; ++head) {
-      kernels.store_kv(layout, q.data(), q.data(), slot, pages.back().data() + head * layout.bytes());
+    if (slot == 0) addresses.push_back(pages.emplace_back(kLayers * layout.bytes()).data());
+    for (int64_t layer = 0; layer < kLayers; ++layer) {
+      kernels.store_kv(layout, kv.data(), kv.data(), slot, pages.back().data() + layer * layout.bytes());
     }
   }
   Attention attention({&kernels, &pool, false}, shape);
   const double seconds = median_seconds(7, [&] {
     for (int64_t layer = 0; layer < kLayers; ++layer) {
-      const AttentionRun run = {layout, addresses.data(), layer * kKvHeads * layout.bytes(), context - tokens, tokens};
+      const AttentionRun run = {layout, addresses.data(), layer * layout.bytes(), context - tokens, tokens};
       attention.run(q.data(), {&run, 1}, 0, out.data());
     }
   });
-  const double positions = static_cast<double>(kLayers * kKvHeads * context);
+  const double positions = static_cast<double>(kLayers * context);
   const double seen =
       static_cast<double>(tokens) * (1.0 - static_cast<double>(tokens - 1) / (2.0 * static_cast<double>(context)));
   print(kernels, "attention",
         figure("kv_bits", static_cast<double>(8 * layout.element_bytes())) + ", " +
             figure("group", static_cast<double>(group)) + ", " + figure("context", static_cast<double>(context)) +
             ", " + figure("tokens", static_cast<double>(tokens)) + ", " +
-            figure("gmac_s", 2 * positions * seen * static_cast<double>(group * shape.head_dim) / seconds / 1e9) +
-            ", " + figure("gb_s", positions * static_cast<double>(layout.bytes()) / kPagePositions / seconds / 1e9));
+            figure("gmac_s", 2 * positions * seen * static_cast<double>(shape.q_size()) / seconds / 1e9) + ", " +
+            figure("gb_s", positions * static_cast<double>(layout.bytes()) / kPagePositions / seconds / 1e9));
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ Engine::Engine(const ModelConfig& config, std::string_view isa, int threads, boo
     : pool_(threads), backend_{&select_kernels(isa), &pool_, exact}, kv_type_(kv_type), weights_(config, backend_) {}
 
 int64_t Engine::kv_layer_bytes() const {
-  return config().num_key_value_heads * KvLayout{kv_type_, config().head_dim}.bytes() / kPagePositions;
+  return KvLayout{kv_type_, config().num_key_value_heads, config().head_dim}.bytes() / kPagePositions;
 }
 
 std::shared_ptr<KvCache> Engine::new_sequence(int64_t max_positions) const {

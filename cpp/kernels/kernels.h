@@ -109,43 +109,71 @@ enum class KvType { kFloat16, kInt8 };
 inline constexpr int64_t kPagePositions = 64;
 inline constexpr int64_t kSectionPositions = 1024;
 
-/// How the keys and values of one head lie in a page:
+/// How the keys and values of one layer lie in a page: all heads' keys side by side, then all heads' values, since
+/// memory is read at its full speed only where much of it is read in a row.
 ///
-///     keys    [head_dim][kPagePositions]       so that one vector holds the same column of many positions
-///     values  [kPagePositions][value_columns]
-///     scales  fp32 [kPagePositions] of the keys, then of the values; int8 only: x = scale * stored
+///     keys    [heads] of  [head_dim][kPagePositions]        so that one vector holds the same column of many positions
+///                         scales, fp32 [kPagePositions]     int8 only: x = scale * stored
+///     values  [heads] of  [kPagePositions][value_columns]
+///                         scales, likewise
 struct KvLayout {
   KvType type = KvType::kFloat16;
+  int64_t heads = 0;  ///< key-value heads
   int64_t head_dim = 0;
 
   [[gnu::always_inline]] int64_t element_bytes() const { return type == KvType::kFloat16 ? 2 : 1; }
   /// head_dim, padded to whole vectors.
   [[gnu::always_inline]] int64_t value_columns() const { return (head_dim + 15) / 16 * 16; }
-  [[gnu::always_inline]] int64_t values_offset() const { return head_dim * kPagePositions * element_bytes(); }
-  [[gnu::always_inline]] int64_t scales_offset() const {
-    return values_offset() + kPagePositions * value_columns() * element_bytes();
+  [[gnu::always_inline]] int64_t scales_bytes() const {
+    return type == KvType::kInt8 ? kPagePositions * static_cast<int64_t>(sizeof(float)) : 0;
   }
-  /// Of one head's part of a page: a multiple of 64.
-  [[gnu::always_inline]] int64_t bytes() const {
-    return scales_offset() + (type == KvType::kInt8 ? 2 * kPagePositions * static_cast<int64_t>(sizeof(float)) : 0);
+  /// Where a head's keys begin, and the scales that follow them; multiples of 64, like all that follows.
+  [[gnu::always_inline]] int64_t keys_offset(int64_t head) const { return head * keys_bytes(); }
+  [[gnu::always_inline]] int64_t key_scales_offset(int64_t head) const {
+    return keys_offset(head + 1) - scales_bytes();
+  }
+  [[gnu::always_inline]] int64_t values_offset(int64_t head) const {
+    return heads * keys_bytes() + head * values_bytes();
+  }
+  [[gnu::always_inline]] int64_t value_scales_offset(int64_t head) const {
+    return values_offset(head + 1) - scales_bytes();
+  }
+  /// Of the layer's part of a page.
+  [[gnu::always_inline]] int64_t bytes() const { return values_offset(heads); }
+
+ private:
+  [[gnu::always_inline]] int64_t keys_bytes() const {
+    return head_dim * kPagePositions * element_bytes() + scales_bytes();
+  }
+  [[gnu::always_inline]] int64_t values_bytes() const {
+    return kPagePositions * value_columns() * element_bytes() + scales_bytes();
   }
 };
 
-/// Query heads that share one key-value head, of consecutive tokens of one sequence.
+/// Some key-value heads and all query heads that share them, of consecutive tokens of one sequence.
 struct AttentionTile {
   KvLayout layout;
   const uint8_t* const* pages = nullptr;  ///< the sequence's pages, from position 0 on, aligned to 64 bytes
-  int64_t head_offset = 0;                ///< where the key-value head's part begins in each page
-  int64_t position = 0;                   ///< of the first token; token t sees up to position + t, itself included
-  int64_t window = 0;                     ///< a token sees so many positions at most; 0: all
+  int64_t layer_offset = 0;               ///< where the layer's part begins in each page
+  int64_t kv_head = 0;                    ///< the first of the key-value heads
+  int64_t kv_heads = 0;
+  int64_t group = 0;     ///< query heads that share one
+  int64_t position = 0;  ///< of the first token; token t sees up to position + t, itself included
+  int64_t window = 0;    ///< a token sees so many positions at most; 0: all
   int64_t tokens = 0;
-  int64_t heads = 0;
-  const float* q = nullptr;  ///< q[t * q_stride + h * head_dim + d]
+  const float* q = nullptr;  ///< q[t * q_stride + h * head_dim + d], h from the first head's group on
   int64_t q_stride = 0;
-  float scale = 0.0f;             ///< of the scores
-  const uint8_t* next = nullptr;  ///< memory that is read after this tile, if known: fetched meanwhile
+  float scale = 0.0f;  ///< of the scores
 
-  [[gnu::always_inline]] int64_t rows() const { return tokens * heads; }
+  /// Rows are [kv_heads][tokens][group].
+  [[gnu::always_inline]] int64_t rows() const { return kv_heads * rows_per_head(); }
+  [[gnu::always_inline]] int64_t rows_per_head() const { return tokens * group; }
+  [[gnu::always_inline]] int64_t token(int64_t row) const { return row / group % tokens; }
+  /// Where a row's query begins in q, and its result in an output of the same shape.
+  [[gnu::always_inline]] int64_t row_offset(int64_t row) const {
+    const int64_t head = row / rows_per_head() * group + row % group;
+    return token(row) * q_stride + head * layout.head_dim;
+  }
   /// First section that a token sees, and one past the last.
   [[gnu::always_inline]] int64_t section_begin() const {
     return window == 0 || position < window ? 0 : (position + 1 - window) / kSectionPositions;
@@ -153,8 +181,8 @@ struct AttentionTile {
   [[gnu::always_inline]] int64_t section_end() const { return (position + tokens - 1) / kSectionPositions + 1; }
 };
 
-/// Floats of what one row (token t, head h: t * heads + h) keeps of a section: [value_columns] values, each times its
-/// weight exp(score - largest), added up; the largest score; the sum of the weights, 0 when the row sees nothing there.
+/// Floats of what one row keeps of a section: [value_columns] values, each times its weight exp(score - largest), added
+/// up; the largest score; the sum of the weights, 0 when the row sees nothing there.
 [[gnu::always_inline]] inline int64_t partial_floats(const KvLayout& layout) { return layout.value_columns() + 2; }
 /// Floats between the scores of two rows: a little more than a section, which would put all rows' into one cache set.
 inline constexpr int64_t kScoreStride = kSectionPositions + 16;
@@ -220,13 +248,13 @@ struct KernelTable {
   // with `most` the largest of all, out[d] = sum_s w_s * value_s[d] * (1 / sum_s w_s * sum_s), w_s = exp(largest_s -
   // most), s ascending, fused. Nothing depends on what other tokens are attended with.
 
-  /// Puts a key and a value, fp32 [head_dim], into slot 0..63 of one head's part of a page. int8: rounded to
-  /// multiples of largest / 127, half to even; all 0 when the largest magnitude is below 2^-100.
-  void (*store_kv)(const KvLayout& layout, const float* key, const float* value, int64_t slot, uint8_t* page);
+  /// Puts keys and values, fp32 [heads][head_dim], into slot 0..63 of one layer's part of a page. int8: rounded to
+  /// multiples of a head's largest / 127, half to even; all 0 when the largest magnitude is below 2^-100.
+  void (*store_kv)(const KvLayout& layout, const float* keys, const float* values, int64_t slot, uint8_t* page);
   /// Attention within a section. scores: scratch [rows][kScoreStride]; partials: [rows][partial_floats].
   void (*attention)(const AttentionTile& tile, int64_t section, float* scores, float* partials);
   /// Merges a tile's partials, [sections][rows][partial_floats], at least one of them not empty for each row.
-  /// out[t * q_stride + h * head_dim + d].
+  /// out: of the shape of q.
   void (*merge_attention)(const AttentionTile& tile, int64_t sections, const float* partials, float* out);
 };
 

@@ -8,13 +8,12 @@
 namespace elutq {
 
 KvCache::KvCache(const ModelConfig& config, KvType type, int64_t max_positions)
-    : layout_{type, config.head_dim},
+    : layout_{type, config.num_key_value_heads, config.head_dim},
       layers_(config.num_hidden_layers),
-      kv_heads_(config.num_key_value_heads),
       max_positions_(max_positions) {}
 
 bool KvCache::fits(const ModelConfig& config) const {
-  return layers_ == config.num_hidden_layers && kv_heads_ == config.num_key_value_heads &&
+  return layers_ == config.num_hidden_layers && layout_.heads == config.num_key_value_heads &&
          layout_.head_dim == config.head_dim && max_positions_ <= config.max_position_embeddings;
 }
 
@@ -27,7 +26,7 @@ void KvCache::reserve(int64_t positions) {
   if (positions > length_ && length_ % kPagePositions != 0) detach(static_cast<size_t>(length_ / kPagePositions));
   while (static_cast<int64_t>(pages_.size()) * kPagePositions < positions) {
     addresses_.reserve(pages_.size() + 1);
-    pages_.push_back(std::make_shared<Page>(layers_ * layer_bytes()));
+    pages_.push_back(std::make_shared<Page>(layers_ * layout_.bytes()));
     addresses_.push_back(pages_.back()->data());
   }
 }
@@ -45,7 +44,6 @@ void KvCache::truncate(int64_t length) {
 KvCache::KvCache(const KvCache& other, int64_t length)
     : layout_(other.layout_),
       layers_(other.layers_),
-      kv_heads_(other.kv_heads_),
       max_positions_(other.max_positions_),
       length_(other.length_),
       pages_(other.pages_),
@@ -60,7 +58,7 @@ std::shared_ptr<KvCache> KvCache::fork(int64_t length) const {
 
 void KvCache::detach(size_t page) {
   if (pages_[page].use_count() == 1) return;
-  const int64_t bytes = layers_ * layer_bytes();
+  const int64_t bytes = layers_ * layout_.bytes();
   auto own = std::make_shared<Page>(bytes);
   std::memcpy(own->data(), pages_[page]->data(), static_cast<size_t>(bytes));
   addresses_[page] = own->data();
@@ -68,17 +66,14 @@ void KvCache::detach(size_t page) {
 }
 
 void KvCache::store(const KernelTable& kernels, int64_t layer, int64_t position, const float* key, const float* value) {
-  uint8_t* head = pages_[position / kPagePositions]->data() + layer * layer_bytes();
-  for (int64_t h = 0; h < kv_heads_; ++h, head += layout_.bytes()) {
-    const int64_t offset = h * layout_.head_dim;
-    kernels.store_kv(layout_, key + offset, value + offset, position % kPagePositions, head);
-  }
+  uint8_t* page = pages_[position / kPagePositions]->data() + layer * layout_.bytes();
+  kernels.store_kv(layout_, key, value, position % kPagePositions, page);
 }
 
 AttentionRun KvCache::run(int64_t layer, int64_t position, int64_t tokens) const {
-  return {layout_, addresses_.data(), layer * layer_bytes(), position, tokens};
+  return {layout_, addresses_.data(), layer * layout_.bytes(), position, tokens};
 }
 
-int64_t KvCache::memory_bytes() const { return static_cast<int64_t>(pages_.size()) * layers_ * layer_bytes(); }
+int64_t KvCache::memory_bytes() const { return static_cast<int64_t>(pages_.size()) * layers_ * layout_.bytes(); }
 
 }  // namespace elutq

@@ -12,9 +12,9 @@ namespace elutq {
 
 /// Keys and values of one sequence, in pages of kPagePositions positions that are allocated as it grows.
 ///
-/// A page is [layer][key-value head], each as KvLayout says, so that what attention reads of one head is contiguous
-/// within a page. A position always lies in the same place of the same page: how a sequence was cut into steps leaves
-/// no trace. Sequences that begin alike may share pages: a page is copied before one of several owners writes to it.
+/// A page is [layer], each as KvLayout says. A position always lies in the same place of the same page: how a sequence
+/// was cut into steps leaves no trace. Sequences that begin alike may share pages: a page is copied before one of
+/// several owners writes to it.
 class KvCache {
  public:
   /// An empty sequence of at most `max_positions`.
@@ -54,11 +54,9 @@ class KvCache {
   KvCache(const KvCache& other, int64_t length);
   /// Makes a page this sequence's own.
   void detach(size_t page);
-  int64_t layer_bytes() const { return kv_heads_ * layout_.bytes(); }
 
   KvLayout layout_;
   int64_t layers_;
-  int64_t kv_heads_;
   int64_t max_positions_;
   int64_t length_ = 0;
   std::vector<std::shared_ptr<Page>> pages_;

@@ -9,20 +9,15 @@
 namespace elutq {
 namespace {
 
-/// Rows (tokens x heads of a group) that read a page together: enough that reading costs little beside the products,
-/// few enough that their scores of a section stay in the second-level cache.
+/// Rows of a tile. Tokens and heads of a group read a page together: enough that reading costs little beside the
+/// products, few enough that their scores of a section stay in the second-level cache. Where they are fewer, a tile
+/// takes more key-value heads, which lie side by side.
 constexpr int64_t kTileRows = 32;
 /// With fewer items per thread than this, threads share out the sections of long contexts.
 constexpr int64_t kItemsPerThread = 8;
 
 /// Floats of a section's partials.
 int64_t partials_size(const AttentionTile& tile) { return tile.rows() * partial_floats(tile.layout); }
-
-/// Where the keys that it reads first lie.
-const uint8_t* first_page(const AttentionTile& tile) {
-  const int64_t position = tile.window == 0 ? 0 : std::max<int64_t>(tile.position + 1 - tile.window, 0);
-  return tile.pages[position / kPagePositions] + tile.head_offset;
-}
 
 void grow(std::vector<float>& buffer, int64_t size) {
   if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
@@ -42,14 +37,10 @@ Attention::Attention(const Backend& backend, const AttentionShape& shape)
 void Attention::run(const float* q, std::span<const AttentionRun> runs, int64_t window, float* out) {
   make_items(q, runs, window, out);
   const auto items = static_cast<int64_t>(items_.size());
-  const auto threads = static_cast<size_t>(backend_.pool->size());
   pieces_.clear();
   int64_t floats = 0;
-  for (size_t i = 0; i < items_.size(); ++i) {
-    Item& item = items_[i];
+  for (Item& item : items_) {
     item.partials = floats;
-    // Items are claimed from the last on; by threads of one speed, in turns.
-    if (i >= threads) item.tile.next = first_page(items_[i - threads].tile);
     for (int64_t s = item.tile.section_begin(); s < item.tile.section_end(); ++s) {
       pieces_.push_back({&item, s});
       floats += partials_size(item.tile);
@@ -79,20 +70,26 @@ void Attention::run(const float* q, std::span<const AttentionRun> runs, int64_t 
 
 void Attention::make_items(const float* q, std::span<const AttentionRun> runs, int64_t window, float* out) {
   const int64_t group = shape_.group();
-  const int64_t tile_tokens = std::max<int64_t>(1, kTileRows / group);
+  const int64_t kv_heads = shape_.num_key_value_heads;
+  const int64_t most_tokens = std::max<int64_t>(1, kTileRows / group);
+  const int64_t heads_per_thread = (kv_heads + backend_.pool->size() - 1) / backend_.pool->size();
   items_.clear();
   int64_t row = 0;  // of q and out
   for (const AttentionRun& run : runs) {
-    for (int64_t head = 0; head < shape_.num_key_value_heads; ++head) {
+    const int64_t tile_tokens = std::min(most_tokens, run.tokens);
+    const int64_t tile_heads = std::clamp<int64_t>(kTileRows / (tile_tokens * group), 1, heads_per_thread);
+    for (int64_t head = 0; head < kv_heads; head += tile_heads) {
       for (int64_t t = 0; t < run.tokens; t += tile_tokens) {
         const int64_t offset = (row + t) * shape_.q_size() + head * group * shape_.head_dim;
         const AttentionTile tile = {.layout = run.layout,
                                     .pages = run.pages,
-                                    .head_offset = run.layer_offset + head * run.layout.bytes(),
+                                    .layer_offset = run.layer_offset,
+                                    .kv_head = head,
+                                    .kv_heads = std::min(tile_heads, kv_heads - head),
+                                    .group = group,
                                     .position = run.position + t,
                                     .window = window,
                                     .tokens = std::min(tile_tokens, run.tokens - t),
-                                    .heads = group,
                                     .q = q + offset,
                                     .q_stride = shape_.q_size(),
                                     .scale = 1.0F / std::sqrt(static_cast<float>(shape_.head_dim))};

@@ -23,7 +23,7 @@ struct AttentionShape {
 struct AttentionRun {
   KvLayout layout;
   const uint8_t* const* pages = nullptr;  ///< of the sequence, from position 0 on
-  int64_t layer_offset = 0;               ///< where the layer's first head begins in each page; the others follow it
+  int64_t layer_offset = 0;               ///< where the layer's part begins in each page
   int64_t position = 0;                   ///< of the first token
   int64_t tokens = 0;
 };
@@ -38,7 +38,6 @@ class Attention {
   void run(const float* q, std::span<const AttentionRun> runs, int64_t window, float* out);
 
  private:
-  /// A tile of one key-value head.
   struct Item {
     AttentionTile tile;
     float* out;

@@ -326,11 +326,11 @@ TEST_CASE("the cache keeps every position in its place") {
   const KernelTable& kernels = select_kernels("");
   for (const KvType type : {KvType::kFloat16, KvType::kInt8}) {
     KvCache cache(tiny_config(), type, 300);
-    const KvLayout layout{type, 8};
-    CHECK(layout.bytes() == 64 * (type == KvType::kFloat16 ? (8 + 16) * 2 : 8 + 16 + 8));
+    const KvLayout layout{type, 2, 8};
+    CHECK(layout.bytes() == 2 * 64 * (type == KvType::kFloat16 ? (8 + 16) * 2 : 8 + 16 + 8));
     CHECK_THROWS_AS(cache.reserve(301), std::invalid_argument);
     cache.reserve(200);
-    CHECK(cache.memory_bytes() == 4 * 2 * 2 * layout.bytes());  // pages, layers, heads
+    CHECK(cache.memory_bytes() == 4 * 2 * layout.bytes());  // pages, layers
     const auto is_at = [](int64_t position, int64_t layer) { return static_cast<float>(position % 100 + 10 * layer); };
     for (int64_t position = 0; position < 200; ++position) {
       for (int64_t layer = 0; layer < 2; ++layer) {
@@ -345,19 +345,19 @@ TEST_CASE("the cache keeps every position in its place") {
     CHECK(run.tokens == 30);
     for (int64_t position = 0; position < 200; ++position) {
       const int64_t slot = position % kPagePositions;
-      const uint8_t* head = run.pages[position / kPagePositions] + run.layer_offset + layout.bytes();
-      const auto element = [&](int64_t offset, int64_t index, int64_t scale) {
-        if (type == KvType::kFloat16) return half_to_float(reinterpret_cast<const uint16_t*>(head + offset)[index]);
-        const auto* scales = reinterpret_cast<const float*>(head + layout.scales_offset());
-        return static_cast<float>(reinterpret_cast<const int8_t*>(head + offset)[index]) * scales[scale];
+      const uint8_t* page = run.pages[position / kPagePositions] + run.layer_offset;
+      const auto element = [&](int64_t offset, int64_t index, int64_t scales) {
+        if (type == KvType::kFloat16) return half_to_float(reinterpret_cast<const uint16_t*>(page + offset)[index]);
+        const float scale = reinterpret_cast<const float*>(page + scales)[slot];
+        return static_cast<float>(reinterpret_cast<const int8_t*>(page + offset)[index]) * scale;
       };
-      const float key = element(0, 3 * kPagePositions + slot, slot);
-      const float value = element(layout.values_offset(), slot * 16 + 7, kPagePositions + slot);
+      const float key = element(layout.keys_offset(1), 3 * kPagePositions + slot, layout.key_scales_offset(1));
+      const float value = element(layout.values_offset(1), slot * 16 + 7, layout.value_scales_offset(1));
       CHECK(key == doctest::Approx(is_at(position, 1)));
       CHECK(value == doctest::Approx(-is_at(position, 1)));
     }
     cache.truncate(64);
-    CHECK(cache.memory_bytes() == 2 * 2 * layout.bytes());
+    CHECK(cache.memory_bytes() == 2 * layout.bytes());
     CHECK(cache.length() == 64);
     CHECK_THROWS_AS(cache.truncate(65), std::invalid_argument);
     CHECK_THROWS_AS(cache.truncate(-1), std::invalid_argument);

@@ -221,29 +221,41 @@ TEST_CASE("silu_mul is accurate over the whole range and keeps NaN") {
 
 namespace {
 
-/// One head's cache, filled with random keys and values, and what it holds as floats.
+/// A layer's cache, filled with random keys and values, and what it holds as floats.
 struct CacheCase {
   KvLayout layout;
   std::vector<AlignedBuffer<uint8_t>> pages;
   std::vector<const uint8_t*> addresses;
-  std::vector<float> keys, values, key_scales, value_scales;  // [positions][head_dim], [positions]
+  std::vector<float> keys, values, key_scales, value_scales;  // [heads][positions][head_dim], [heads][positions]
 
-  CacheCase(const KernelTable& kernels, KvType type, int64_t head_dim, int64_t positions) : layout{type, head_dim} {
+  CacheCase(const KernelTable& kernels, KvType type, int64_t heads, int64_t head_dim, int64_t positions)
+      : layout{type, heads, head_dim} {
     for (int64_t p = 0; p < positions; p += kPagePositions) {
-      pages.emplace_back(kHeadOffset + layout.bytes());
+      pages.emplace_back(kLayerOffset + layout.bytes());
       std::fill_n(pages.back().data(), pages.back().size(), uint8_t{0xff});  // NaN: what is not seen must not matter
       addresses.push_back(pages.back().data());
     }
-    keys = random_floats(positions * head_dim, 32);
-    values = random_floats(positions * head_dim, 33);
+    keys = random_floats(heads * positions * head_dim, 32);
+    values = random_floats(heads * positions * head_dim, 33);
     for (int64_t j = 0; j < positions; ++j) {
-      kernels.store_kv(layout, keys.data() + j * head_dim, values.data() + j * head_dim, j % kPagePositions,
-                       pages[j / kPagePositions].data() + kHeadOffset);
+      std::vector<float> key, value;  // [heads][head_dim]
+      for (int64_t head = 0; head < heads; ++head) {
+        const int64_t offset = (head * positions + j) * head_dim;
+        key.insert(key.end(), keys.begin() + offset, keys.begin() + offset + head_dim);
+        value.insert(value.end(), values.begin() + offset, values.begin() + offset + head_dim);
+      }
+      store(kernels, j, key, value);
     }
     for (float* x : {keys.data(), values.data()}) {
       auto& scales = x == keys.data() ? key_scales : value_scales;
-      for (int64_t j = 0; j < positions; ++j, x += head_dim) round(x, scales);
+      for (int64_t j = 0; j < heads * positions; ++j, x += head_dim) round(x, scales);
     }
+  }
+
+  void store(const KernelTable& kernels, int64_t position, const std::vector<float>& key,
+             const std::vector<float>& value) {
+    kernels.store_kv(layout, key.data(), value.data(), position % kPagePositions,
+                     pages[position / kPagePositions].data() + kLayerOffset);
   }
 
   /// What the cache should hold of a vector.
@@ -259,35 +271,40 @@ struct CacheCase {
     for (int64_t d = 0; d < layout.head_dim; ++d) x[d] = static_cast<float>(std::nearbyint(x[d] * inverse));
   }
 
-  /// Attention of the tokens [position, position + tokens), `tile_tokens` at a time.
-  std::vector<float> attend(const KernelTable& kernels, const std::vector<float>& q, int64_t heads, int64_t position,
-                            int64_t tokens, int64_t window, int64_t tile_tokens) const {
-    const int64_t stride = heads * layout.head_dim;
+  /// Attention of the tokens [position, position + tokens), `tile_tokens` and `tile_heads` at a time.
+  std::vector<float> attend(const KernelTable& kernels, const std::vector<float>& q, int64_t group, int64_t position,
+                            int64_t tokens, int64_t window, int64_t tile_tokens, int64_t tile_heads) const {
+    const int64_t stride = layout.heads * group * layout.head_dim;
     std::vector<float> out(q.size());
     for (int64_t t = 0; t < tokens; t += tile_tokens) {
-      const AttentionTile tile = {.layout = layout,
-                                  .pages = addresses.data(),
-                                  .head_offset = kHeadOffset,
-                                  .position = position + t,
-                                  .window = window,
-                                  .tokens = std::min(tile_tokens, tokens - t),
-                                  .heads = heads,
-                                  .q = q.data() + t * stride,
-                                  .q_stride = stride,
-                                  .scale = kScale};
-      const int64_t size = tile.rows() * partial_floats(layout);
-      const int64_t sections = tile.section_end() - tile.section_begin();
-      std::vector<float> scores(static_cast<size_t>(tile.rows() * kScoreStride), NAN);
-      std::vector<float> partials(static_cast<size_t>(sections * size), NAN);
-      for (int64_t s = 0; s < sections; ++s) {
-        kernels.attention(tile, tile.section_begin() + s, scores.data(), partials.data() + s * size);
+      for (int64_t head = 0; head < layout.heads; head += tile_heads) {
+        const int64_t offset = t * stride + head * group * layout.head_dim;
+        const AttentionTile tile = {.layout = layout,
+                                    .pages = addresses.data(),
+                                    .layer_offset = kLayerOffset,
+                                    .kv_head = head,
+                                    .kv_heads = std::min(tile_heads, layout.heads - head),
+                                    .group = group,
+                                    .position = position + t,
+                                    .window = window,
+                                    .tokens = std::min(tile_tokens, tokens - t),
+                                    .q = q.data() + offset,
+                                    .q_stride = stride,
+                                    .scale = kScale};
+        const int64_t size = tile.rows() * partial_floats(layout);
+        const int64_t sections = tile.section_end() - tile.section_begin();
+        std::vector<float> scores(static_cast<size_t>(tile.rows() * kScoreStride), NAN);
+        std::vector<float> partials(static_cast<size_t>(sections * size), NAN);
+        for (int64_t s = 0; s < sections; ++s) {
+          kernels.attention(tile, tile.section_begin() + s, scores.data(), partials.data() + s * size);
+        }
+        kernels.merge_attention(tile, sections, partials.data(), out.data() + offset);
       }
-      kernels.merge_attention(tile, sections, partials.data(), out.data() + t * stride);
     }
     return out;
   }
 
-  static constexpr int64_t kHeadOffset = 128;
+  static constexpr int64_t kLayerOffset = 128;
   static constexpr float kScale = 0.1f;
 };
 
@@ -295,8 +312,9 @@ struct CacheCase {
 
 TEST_CASE("attention adds in its stated order, whatever the tile") {
   struct Case {
-    int64_t head_dim, heads, position, tokens, window;
+    int64_t head_dim, group, position, tokens, window;
   };
+  constexpr int64_t kHeads = 3;
   const std::vector<Case> cases = {
       {8, 1, 0, 3, 0},   {16, 3, 60, 9, 0},   {24, 7, 5, 2, 0},     {64, 4, 100, 10, 0},    {72, 2, 63, 5, 4},
       {80, 1, 30, 9, 2}, {128, 4, 127, 5, 0}, {128, 1, 1020, 9, 0}, {64, 2, 2046, 5, 1030}, {256, 8, 64, 1, 1},
@@ -304,19 +322,21 @@ TEST_CASE("attention adds in its stated order, whatever the tile") {
   };
   for (const KvType type : {KvType::kFloat16, KvType::kInt8}) {
     for (const Case& c : cases) {
-      const int64_t stride = c.heads * c.head_dim;
+      const int64_t positions = c.position + c.tokens;
+      const int64_t stride = kHeads * c.group * c.head_dim;
       const auto q = random_floats(c.tokens * stride, 31);
-      const CacheCase any(*all_kernels()[0], type, c.head_dim, c.position + c.tokens);
+      const CacheCase any(*all_kernels()[0], type, kHeads, c.head_dim, positions);
       std::vector<float> expected(q.size());
       for (int64_t t = 0; t < c.tokens; ++t) {
         const int64_t end = c.position + t + 1;
         const int64_t begin = c.window == 0 ? 0 : std::max<int64_t>(0, end - c.window);
         const bool scaled = type == KvType::kInt8;
-        for (int64_t h = 0; h < c.heads; ++h) {
+        for (int64_t h = 0; h < kHeads * c.group; ++h) {
           const int64_t offset = t * stride + h * c.head_dim;
-          reference::attention(q.data() + offset, any.keys.data() + begin * c.head_dim,
-                               any.values.data() + begin * c.head_dim, scaled ? any.key_scales.data() + begin : nullptr,
-                               scaled ? any.value_scales.data() + begin : nullptr, begin, end - begin, c.head_dim,
+          const int64_t first = h / c.group * positions + begin;
+          reference::attention(q.data() + offset, any.keys.data() + first * c.head_dim,
+                               any.values.data() + first * c.head_dim, scaled ? any.key_scales.data() + first : nullptr,
+                               scaled ? any.value_scales.data() + first : nullptr, begin, end - begin, c.head_dim,
                                CacheCase::kScale, expected.data() + offset);
         }
       }
@@ -325,9 +345,9 @@ TEST_CASE("attention adds in its stated order, whatever the tile") {
         CAPTURE(static_cast<int>(type));
         CAPTURE(c.head_dim);
         CAPTURE(c.position);
-        const CacheCase cache(*kernels, type, c.head_dim, c.position + c.tokens);
-        for (const int64_t tile_tokens : {int64_t{1}, int64_t{3}, c.tokens}) {
-          CHECK(same_bits(cache.attend(*kernels, q, c.heads, c.position, c.tokens, c.window, tile_tokens), expected));
+        const CacheCase cache(*kernels, type, kHeads, c.head_dim, positions);
+        for (const auto& [tokens, heads] : {std::pair<int64_t, int64_t>{1, 3}, {3, 2}, {c.tokens, 1}}) {
+          CHECK(same_bits(cache.attend(*kernels, q, c.group, c.position, c.tokens, c.window, tokens, heads), expected));
         }
       }
     }
@@ -340,7 +360,7 @@ TEST_CASE("attention matches softmax in double") {
   const auto q = random_floats(kHeadDim, 31);
   for (const KvType type : {KvType::kFloat16, KvType::kInt8}) {
     const KernelTable& kernels = *all_kernels().back();
-    const CacheCase cache(kernels, type, kHeadDim, kPositions);
+    const CacheCase cache(kernels, type, 1, kHeadDim, kPositions);
     const auto keys = random_floats(kPositions * kHeadDim, 32);
     const auto values = random_floats(kPositions * kHeadDim, 33);
     std::vector<double> expected(kHeadDim);
@@ -352,7 +372,7 @@ TEST_CASE("attention matches softmax in double") {
       total += weight;
       for (int64_t d = 0; d < kHeadDim; ++d) expected[d] += weight * values[j * kHeadDim + d];
     }
-    const auto out = cache.attend(kernels, q, 1, kPositions - 1, 1, 0, 1);
+    const auto out = cache.attend(kernels, q, 1, kPositions - 1, 1, 0, 1, 1);
     double worst = 0.0;
     for (int64_t d = 0; d < kHeadDim; ++d) worst = std::max(worst, std::fabs(out[d] - expected[d] / total));
     CHECK(worst < (type == KvType::kFloat16 ? 1e-4 : 2e-3));
@@ -363,16 +383,15 @@ TEST_CASE("attention survives scores far apart and empty vectors") {
   const std::vector<float> q(8, 100.0f);
   for (const KvType type : {KvType::kFloat16, KvType::kInt8}) {
     for (const KernelTable* kernels : all_kernels()) {
-      CacheCase cache(*kernels, type, 8, 3);
-      const auto store = [&](int64_t slot, float key, float value) {
-        const std::vector<float> k(8, key), v(8, value);
-        kernels->store_kv(cache.layout, k.data(), v.data(), slot, cache.pages[0].data() + CacheCase::kHeadOffset);
+      CacheCase cache(*kernels, type, 1, 8, 3);
+      const auto store = [&](int64_t position, float key, float value) {
+        cache.store(*kernels, position, std::vector<float>(8, key), std::vector<float>(8, value));
       };
       store(0, 100.0f, 3.0f);
       store(1, -100.0f, 5.0f);
       store(2, 0.0f, 0.0f);
-      for (const float value : cache.attend(*kernels, q, 1, 1, 1, 0, 1)) CHECK(value == 3.0f);
-      for (const float value : cache.attend(*kernels, q, 1, 2, 1, 1, 1)) CHECK(value == 0.0f);
+      for (const float value : cache.attend(*kernels, q, 1, 1, 1, 0, 1, 1)) CHECK(value == 3.0f);
+      for (const float value : cache.attend(*kernels, q, 1, 2, 1, 1, 1, 1)) CHECK(value == 0.0f);
     }
   }
 }

@@ -227,7 +227,7 @@ TEST_CASE("attention is shared out over tokens, heads and sections without a tra
     std::vector<const uint8_t*> addresses{};
   };
   for (const KvType type : {KvType::kFloat16, KvType::kInt8}) {
-    const KvLayout layout{type, shape.head_dim};
+    const KvLayout layout{type, 2, shape.head_dim};
     std::vector<Sequence> sequences;
     std::vector<AttentionRun> runs;
     for (const auto& [position, tokens] : {std::pair<int64_t, int64_t>{2100, 1}, {0, 25}}) {
@@ -237,14 +237,12 @@ TEST_CASE("attention is shared out over tokens, heads and sections without a tra
     for (Sequence& s : sequences) {
       for (int64_t j = 0; j < s.position + s.tokens; ++j) {
         if (j % kPagePositions == 0) {
-          s.pages.emplace_back(3 * layout.bytes());
+          s.pages.emplace_back(2 * layout.bytes());
           s.addresses.push_back(s.pages.back().data());
         }
-        for (int64_t head = 0; head < 2; ++head) {
-          const int64_t offset = j * shape.kv_size() + head * 16;
-          kernels.store_kv(layout, s.keys.data() + offset, s.values.data() + offset, j % kPagePositions,
-                           s.pages.back().data() + (1 + head) * layout.bytes());
-        }
+        const int64_t offset = j * shape.kv_size();
+        kernels.store_kv(layout, s.keys.data() + offset, s.values.data() + offset, j % kPagePositions,
+                         s.pages.back().data() + layout.bytes());
       }
       runs.push_back({layout, s.addresses.data(), layout.bytes(), s.position, s.tokens});
     }
