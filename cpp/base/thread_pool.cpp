@@ -31,7 +31,7 @@ inline void relax() {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
+ThreadPool::ThreadPool(int threads) : streams_(std::max(threads, 1)) {
   if (threads < 1) throw std::invalid_argument("a thread pool needs at least one thread");
   workers_.reserve(threads - 1);
   for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { worker(); });
@@ -63,6 +63,22 @@ void ThreadPool::run(int64_t parts, const std::function<void(int64_t)>& task) {
     }
   }
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+}
+
+void ThreadPool::run_streams(int64_t parts, const std::function<void(int64_t)>& task) {
+  const int64_t streams = std::min<int64_t>(size(), parts);
+  if (streams <= 1) return run(parts, task);
+  const auto begin = [&](int64_t stream) { return parts * stream / streams; };
+  for (int64_t stream = 0; stream < streams; ++stream) {
+    streams_[stream].next.store(begin(stream), std::memory_order_relaxed);
+  }
+  run(streams, [&](int64_t own) {
+    for (int64_t i = 0; i < streams; ++i) {
+      const int64_t stream = (own + i) % streams;
+      std::atomic<int64_t>& next = streams_[stream].next;
+      for (int64_t part; (part = next.fetch_add(1, std::memory_order_relaxed)) < begin(stream + 1);) task(part);
+    }
+  });
 }
 
 void ThreadPool::run_ranges(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& task) {

@@ -192,6 +192,8 @@ struct KernelTable {
   /// Rows are packed in tiles of this many. Row ranges given to pack and matmul begin at a multiple of it and end at
   /// a multiple of it or at out_features.
   int64_t row_tile;
+  /// The tiles of so many rows lie side by side: ranges that begin and end at multiples of it are read in one piece.
+  int64_t row_panel;
 
   // ---- HLQ matrices --------------------------------------------------------------------------------------------
 

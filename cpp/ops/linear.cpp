@@ -8,8 +8,7 @@
 namespace elutq {
 namespace {
 
-/// Parts per thread: enough that a thread which lost its core for a moment does not hold up the others, few enough
-/// that each part streams a long run of weights.
+/// Parts per thread: enough that a thread which lost its core for a moment does not hold up the others.
 constexpr int64_t kPartsPerThread = 4;
 /// A part smaller than this (weight bytes x tokens) costs more to hand out than to compute.
 constexpr int64_t kMinPartCost = 16 * 1024;
@@ -162,12 +161,22 @@ void Linear::multiply(const Backend& backend, const Activations& x, Rows tokens,
 
 void run_linears(const Backend& backend, const Activations& x, std::span<const LinearCall> calls) {
   const int64_t tile = backend.kernels->row_tile;
+  const int64_t panel = backend.kernels->row_panel;
   const auto cost_of = [](const LinearCall& call) { return call.linear->bytes() * call.tokens.count; };
   int64_t total = 0;
-  for (const LinearCall& call : calls) total += cost_of(call);
-  const int threads = backend.pool->size();
-  const int64_t wanted = threads == 1 ? 1 : threads * kPartsPerThread;
-  const int64_t parts = std::clamp<int64_t>(total / kMinPartCost, 1, wanted);
+  int64_t panels = 0;
+  for (const LinearCall& call : calls) {
+    total += cost_of(call);
+    panels += (call.linear->out_features() + panel - 1) / panel;
+  }
+  const int64_t threads = backend.pool->size();
+  // Two parts that share a panel read it in pieces. So they are of whole panels, if that leaves the busiest thread with
+  // at most an eighth more than the average.
+  const int64_t busiest = (panels + threads - 1) / threads;
+  const bool whole_panels = 8 * busiest * threads <= 9 * panels;
+  const int64_t unit = whole_panels ? panel : tile;
+  const int64_t most = threads == 1 ? 1 : threads * kPartsPerThread;
+  const int64_t parts = std::clamp<int64_t>(total / kMinPartCost, 1, whole_panels ? std::min(panels, most) : most);
 
   // The linears lie one after the other on a line as long as the whole cost; part p computes the rows between two
   // points of it.
@@ -180,7 +189,8 @@ void run_linears(const Backend& backend, const Activations& x, std::span<const L
       const int64_t cost = cost_of(call);
       const auto row_at = [&](int64_t point) {
         if (point >= start + cost) return rows;
-        return std::max<int64_t>(point - start, 0) * rows / cost / tile * tile;
+        const int64_t row = std::max<int64_t>(point - start, 0) * rows / cost;
+        return std::min((row + unit / 2) / unit * unit, rows);
       };
       const int64_t begin = row_at(from);
       const int64_t end = row_at(to);
@@ -194,7 +204,7 @@ void run_linears(const Backend& backend, const Activations& x, std::span<const L
       start += cost;
     }
   };
-  backend.pool->run(parts, [&run_part](int64_t part) { run_part(part); });
+  backend.pool->run_streams(parts, run_part);
 }
 
 }  // namespace elutq

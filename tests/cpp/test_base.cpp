@@ -5,9 +5,11 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "base/aligned.h"
@@ -26,9 +28,24 @@ TEST_CASE("a pool runs every part once, region after region, with more threads t
       const int64_t parts = region % 20;
       std::vector<std::atomic<int>> runs(static_cast<size_t>(parts));
       pool.run(parts, [&](int64_t part) { ++runs[static_cast<size_t>(part)]; });
-      for (const auto& count : runs) REQUIRE(count == 1);
+      pool.run_streams(parts, [&](int64_t part) { ++runs[static_cast<size_t>(part)]; });
+      for (const auto& count : runs) REQUIRE(count == 2);
     }
   }
+}
+
+TEST_CASE("streams are runs of consecutive parts, and a thread that has none left helps the others") {
+  ThreadPool pool(2);
+  std::vector<int64_t> order;
+  std::mutex mutex;
+  std::atomic<int> finished{0};
+  pool.run_streams(8, [&](int64_t part) {
+    while (part == 0 && finished < 7) std::this_thread::yield();  // the other thread has to do all the rest
+    ++finished;
+    const std::lock_guard lock(mutex);
+    order.push_back(part);
+  });
+  CHECK(order == std::vector<int64_t>{4, 5, 6, 7, 1, 2, 3, 0});
 }
 
 TEST_CASE("ranges cover everything once and break at multiples of the grain") {

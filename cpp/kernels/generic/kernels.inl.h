@@ -39,6 +39,7 @@ constexpr KernelTable make_table(std::string_view isa) {
   return {
       .isa = isa,
       .row_tile = kTileRows,
+      .row_panel = kPanelRows,
       .packed_bytes = packed_bytes,
       .pack = pack,
       .unpack_row = unpack_row,
