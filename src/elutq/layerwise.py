@@ -32,6 +32,7 @@ from elutq import hlq
 from elutq.blocks import BlockReader, DecoderBlock
 from elutq.errors import DiskSpaceError, SingularHessianError
 from elutq.gptq import Metric, SolverOptions, solve
+from elutq.moments import Moments
 from elutq.packing import HlqMatrix, join_rows
 from elutq.precision import products_in_float32
 from elutq.scheme import QuantScheme
@@ -187,59 +188,6 @@ def may_round(device: torch.device) -> bool:
     rounded alike, by far less than quantization changes them. Text to be judged by is kept in float32.
     """
     return device.type == "cuda"
-
-
-class Moments:
-    """E[x^ x^^T] and E[x x^^T], up to a factor.
-
-    Each window's products are made in float32, on their own, and added up in float64; what comes out is
-    rounded to float32. So it does not matter how windows are dealt out to processes: another order of sums
-    ends in the same bits, but for one entry in 2^29 or so. It would matter much if it did. The solver takes
-    thousands of decisions after each other, and from a difference in the last bit it soon gets to another
-    solution: as good, but a fifth of the matrix's squared norm away, or more.
-
-    Args:
-        size: in_features.
-        cross: whether the second is wanted.
-
-    Attributes:
-        hessian: the first, [size, size], float64 until `sum_over`, then float32.
-        cross: the second, likewise.
-        tokens: how many were counted.
-    """
-
-    def __init__(self, size: int, cross: bool, device: torch.device) -> None:
-        self.hessian = torch.zeros((size, size), dtype=torch.float64, device=device)
-        self.cross = torch.zeros_like(self.hessian) if cross else None
-        self.tokens = 0
-        self._product = torch.empty((size, size), device=device)
-
-    def add(self, full: Tensor, quantized: Tensor) -> None:
-        """Count the tokens of some windows: inputs [windows, length, size] of both models."""
-        for x_full, x in zip(full.float(), quantized.float(), strict=True):
-            self._add(x_full, x, x)
-
-    def add_weighted(self, full: Tensor, quantized: Tensor, weight: Tensor) -> None:
-        """Count tokens that weigh unequally: inputs [tokens, size] of both models, weights [tokens]."""
-        x = quantized.float()
-        self._add(full.float(), x, x * weight[:, None])
-
-    def _add(self, full: Tensor, x: Tensor, weighted: Tensor) -> None:
-        self.hessian += torch.mm(weighted.T, x, out=self._product)
-        if self.cross is not None:
-            self.cross += torch.mm(full.T, weighted, out=self._product)
-        self.tokens += len(x)
-
-    def sum_over(self, world: World) -> None:
-        """Count what all processes counted, and be done."""
-        world.sum_(self.hessian)
-        self.hessian = self.hessian.float()
-        if self.cross is not None:
-            world.sum_(self.cross)
-            self.cross = self.cross.float()
-        (tokens,) = world.totals(self.tokens)
-        self.tokens = int(tokens)
-        del self._product
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from elutq.world import World
 
 torch = pytest.importorskip("torch", reason="needs pip install '.[quantize]'")
-Moments = pytest.importorskip("elutq.layerwise").Moments
+Moments = pytest.importorskip("elutq.moments").Moments
 
 CPU = torch.device("cpu")
 
