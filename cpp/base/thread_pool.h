@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "base/aligned.h"
+
 namespace elutq {
 
 /// A fixed team of threads that runs one parallel region at a time.
@@ -41,7 +43,7 @@ class ThreadPool {
 
  private:
   /// Parts that follow each other, in a cache line of their own, lest threads wait for each other's.
-  struct alignas(64) Stream {
+  struct alignas(kCacheLineBytes) Stream {
     std::atomic<int64_t> next{0};  // part to claim
   };
 

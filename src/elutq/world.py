@@ -116,7 +116,8 @@ class World:
             import torch.distributed as dist
 
             # Nothing may keep the group, and with it gloo's threads, which can crash when they outlive the
-            # interpreter. A mesh would, which DTensor never forgets, and sharded modules, which are cycles.
+            # interpreter. Sharded modules would, which are cycles, and with newer versions of torch a mesh,
+            # which DTensor never forgets.
             if "mesh" in vars(self):
                 getattr(self.mesh, "_pg_registry", {}).clear()
                 gc.collect()
