@@ -23,7 +23,7 @@ CpuFeatures detect() {
                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   features.avx512_vbmi =
       features.avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
-  features.intel = __builtin_cpu_is("intel") != 0;
+  features.follows_streams = features.avx512 && __builtin_cpu_is("amd") != 0;  // Zen 4 was AMD's first with AVX-512
 #endif
   return features;
 }

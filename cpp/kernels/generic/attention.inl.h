@@ -35,18 +35,18 @@ struct Block {
   const uint8_t* data;
   const float* scales;  ///< int8 only
   int64_t ahead;        ///< bytes to what is read after them
-  bool intel;           ///< the CPU's maker
+  bool fetch;           ///< even for one row of fp16
 };
 
 /// `count` keys or values at byte `offset` are used by `rows` rows: fetches those in the same place of the next block
 /// into the second-level cache. The more there is to compute, the less prefetchers do by themselves. One row reads fp16
-/// so fast that AMD's follow best if left alone.
+/// so fast that some follow best if left alone (CpuFeatures::follows_streams).
 template <KvType type, int rows, int64_t count>
 ELUTQ_INLINE void look_ahead(const Block& block, int64_t offset) {
   if constexpr (rows == 1 && type == KvType::kFloat16) {
-    bool intel = block.intel;
-    asm("" : "+r"(intel));  // asked each time, or the compiler makes a loop for each answer
-    if (!intel) return;
+    bool fetch = block.fetch;
+    asm("" : "+r"(fetch));  // asked each time, or the compiler makes a loop for each answer
+    if (!fetch) return;
   }
   const uint8_t* from = block.data + block.ahead + offset;
   for (int64_t i = 0; i < count * kKvBytes<type>; i += kCacheLine) __builtin_prefetch(from + i, 0, 2);
@@ -211,7 +211,7 @@ void attend(const Section& section, float* scores, float* partials) {
   const KvLayout& layout = tile.layout;
   const Range all = {section.visible(0).begin, section.visible(rows - 1).end};
   const int64_t first_page = all.begin / kPagePositions * kPagePositions;
-  const bool intel = cpu_features().intel;
+  const bool fetch = !cpu_features().follows_streams;
   // visit(rows, row, first position, block) for all blocks of rows and the pages they see, page by page. A head's keys
   // or values lie at `offset(head)`, their scales at `scales_offset(head)`; after the last of them `then` is read, if
   // that is known.
@@ -229,7 +229,7 @@ void attend(const Section& section, float* scores, float* partials) {
           next = section.page(first + kPagePositions) + offset(tile.kv_head);
         }
         const auto* scales = reinterpret_cast<const float*>(page + scales_offset(head));
-        const Block block = {data, scales, next == nullptr ? 0 : next - data, intel};
+        const Block block = {data, scales, next == nullptr ? 0 : next - data, fetch};
         const int64_t begin = i * tile.rows_per_head();
         for_each_row_block(begin, begin + tile.rows_per_head(), [&](auto count, int64_t row) ELUTQ_FLAT {
           const Range seen = {section.visible(row).begin, section.visible(row + count - 1).end};

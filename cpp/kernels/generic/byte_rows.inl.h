@@ -6,9 +6,10 @@
 // bytes; the sums of pairs are added in 16 bits: a segment has at most 16 pairs, so its sums less 128 per pair lie
 // within +-16 * 127.
 //
-// The instruction set offers: kBytes, Bytes, load_bytes, load_table (16 bytes for every lane), low_nibbles,
-// high_nibbles, lookup, add_bytes (modulo 256); Sums, start_sums(int) (all the same), add(Sums&, Bytes),
-// to_floats(Sums, part): of rows 16 * part .. 16 * part + 15; byte_of_row.
+// The instruction set offers: kBytes, Bytes, load_bytes, store_bytes, load_table (16 bytes for every lane),
+// low_nibbles, high_nibbles, lookup, add_bytes (modulo 256); Sums, start_sums(int) (all the same), add(Sums&, Bytes),
+// to_floats(Sums, part): of rows 16 * part .. 16 * part + 15, times kSumUnit; byte_of_row; kRegisterSums, the Sums that
+// fit the registers beside tables.
 
 namespace elutq {
 namespace {
@@ -51,6 +52,39 @@ struct Lookup {
         const Bytes high_table = load_table(entries[t] + 64 + v * 16);
         unroll<bits>([&](auto p) ELUTQ_FLAT {
           add(sums[p][t], add_bytes(lookup(low_table, low[p]), lookup(high_table, high[p])));
+        });
+      });
+    });
+  }
+
+  // Many tokens (many_tokens.inl.h). The indices of a block of `tiles` tiles, a byte each: [4][tiles][bits][low, high].
+
+  static constexpr int kSumsAtOnce = kRegisterSums;
+
+  /// Writes those of one tile's strip.
+  template <int bits, int tiles>
+  ELUTQ_INLINE static void put_indices(const uint8_t* strip, int64_t tile, uint8_t* indices) {
+    unroll<4>([&](auto v) ELUTQ_FLAT {
+      unroll<bits>([&](auto p) ELUTQ_FLAT {
+        const Bytes both = load_bytes(strip + (v * bits + p) * kBytes);
+        uint8_t* to = indices + ((v * tiles + tile) * bits + p) * 2 * kBytes;
+        store_bytes(low_nibbles(both), to);
+        store_bytes(high_nibbles(both), to + kBytes);
+      });
+    });
+  }
+
+  /// Adds the entries of one block for one token.
+  template <int bits, int tiles>
+  ELUTQ_INLINE static void add_indexed(const uint8_t* indices, const uint8_t* entries, Sums (&sums)[tiles][bits]) {
+    unroll<4>([&](auto v) ELUTQ_FLAT {
+      const Bytes low_table = load_table(entries + v * 16);
+      const Bytes high_table = load_table(entries + 64 + v * 16);
+      unroll<tiles>([&](auto s) ELUTQ_FLAT {
+        unroll<bits>([&](auto p) ELUTQ_FLAT {
+          const uint8_t* index = indices + ((v * tiles + s) * bits + p) * 2 * kBytes;
+          const Bytes low = lookup(low_table, load_bytes(index));
+          add(sums[s][p], add_bytes(low, lookup(high_table, load_bytes(index + kBytes))));
         });
       });
     });

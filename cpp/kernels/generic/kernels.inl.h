@@ -15,7 +15,8 @@
 //   square_root(f)                of one float
 //   kDenseRows, kDenseTokens      block of outputs whose sums fit the registers
 //   kAttentionRuns                vectors of keys or values whose sums for four rows fit the registers: 1, 2 or 4
-//   kMostTokens[bits]             most tokens per pass whose integer sums fit the registers: 1, 2 or 4
+//   kMostTokens[bits]             most tokens per pass whose integer sums fit the registers: 1, 2, 4, 6 or 8
+//   kManyTokens[bits]             so many and more go through many_tokens.inl.h; 0: none do
 //   kFetches                      whether weights are fetched ahead (matmul.inl.h)
 //   Lookup                        by including byte_rows.inl.h or quad_slots.inl.h
 //
@@ -28,9 +29,14 @@
 //
 #include "kernels/generic/attention.inl.h"
 #include "kernels/generic/dense.inl.h"
-#include "kernels/generic/matmul.inl.h"
+#include "kernels/generic/segment.inl.h"
 #include "kernels/generic/tables.inl.h"
 #include "kernels/generic/vectors.inl.h"
+//
+#include "kernels/generic/few_tokens.inl.h"
+#include "kernels/generic/many_tokens.inl.h"
+//
+#include "kernels/generic/matmul.inl.h"
 
 namespace elutq {
 namespace {

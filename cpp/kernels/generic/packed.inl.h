@@ -118,6 +118,16 @@ struct Layout {
   }
 };
 
+/// visit(row, rows) for what lies in each panel of rows [begin, end).
+template <typename Visit>
+ELUTQ_INLINE void for_each_panel(int64_t begin, int64_t end, const Visit& visit) {
+  while (begin < end) {
+    const int64_t next = min_of(begin / kPanelRows * kPanelRows + kPanelRows, end);
+    visit(begin, next - begin);
+    begin = next;
+  }
+}
+
 int64_t packed_bytes(const HlqShape& shape) {
   const Layout layout(shape);
   return layout.tiles * layout.tile_bytes;

@@ -10,7 +10,7 @@
 // the other, so that the indices of a strip serve as many tokens as there are registers for.
 //
 // The instruction set offers: Bytes (64), load_bytes, low_index, high_index, lookup, add_bytes (modulo 256); Sums (16 x
-// 32 bits), start_sums(int) (all the same), add(Sums&, Bytes), to_floats(Sums, part).
+// 32 bits), start_sums(int) (all the same), add(Sums&, Bytes), to_floats(Sums, part): times kSumUnit.
 
 namespace elutq {
 namespace {

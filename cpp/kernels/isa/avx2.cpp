@@ -126,6 +126,7 @@ constexpr int kDenseRows = 2;
 constexpr int kDenseTokens = 2;
 constexpr int kAttentionRuns = 1;
 constexpr int kMostTokens[] = {0, 4, 2, 2, 2};
+constexpr int kManyTokens[] = {0, 12, 6, 3, 3};
 constexpr bool kFetches = true;
 
 // ---- Byte rows --------------------------------------------------------------------------------------------------
@@ -140,10 +141,13 @@ struct Sums {
   __m256i odd;
 };
 
-/// Even bytes hold rows 0..15 and odd bytes rows 16..31, so that the sums come out in order.
-constexpr int byte_of_row(int row) { return row < 16 ? 2 * row : 2 * (row - 16) + 1; }
+constexpr int kRegisterSums = 4;
+
+/// Even bytes hold rows 0..15 and odd bytes rows 16..31; of the sums, each half of a 32-bit lane is one of eight rows.
+constexpr int byte_of_row(int row) { return row % 8 * 4 + row / 8 % 2 * 2 + row / 16; }
 
 ELUTQ_INLINE Bytes load_bytes(const uint8_t* from) { return load_256(from); }
+ELUTQ_INLINE void store_bytes(Bytes v, uint8_t* to) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v); }
 ELUTQ_INLINE Bytes load_table(const uint8_t* from) { return _mm256_broadcastsi128_si256(load_128(from)); }
 ELUTQ_INLINE Bytes low_nibbles(Bytes v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 ELUTQ_INLINE Bytes high_nibbles(Bytes v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
@@ -158,11 +162,13 @@ ELUTQ_INLINE void add(Sums& sums, Bytes v) {
 ELUTQ_INLINE Sums start_sums(int value) {
   return {_mm256_set1_epi16(static_cast<int16_t>(257 * value)), _mm256_set1_epi16(static_cast<int16_t>(value))};
 }
+/// A sum in the upper half of its lane is 2^16 times itself and needs no shuffle.
+constexpr float kSumUnit = 0x1p16f;
 ELUTQ_INLINE Floats to_floats(Sums sums, int part) {
   const __m256i even = _mm256_sub_epi16(sums.all, _mm256_slli_epi16(sums.odd, 8));
   const __m256i words = part == 0 ? even : sums.odd;
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(words))),
-          _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(words, 1)))};
+  return {_mm256_cvtepi32_ps(_mm256_slli_epi32(words, 16)),
+          _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(-65536)))};
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ namespace elutq {
 namespace {
 
 constexpr int kMostTokens[] = {0, 4, 4, 4, 2};
+constexpr int kManyTokens[] = {0, 0, 0, 0, 0};
 constexpr bool kFetches = true;
 
 constexpr int kBytes = 64;
@@ -19,10 +20,13 @@ struct Sums {
   __m512i odd;
 };
 
+constexpr int kRegisterSums = 8;
+
 /// Even bytes hold rows 0..31 and odd bytes rows 32..63, so that the sums come out in order.
 constexpr int byte_of_row(int row) { return row < 32 ? 2 * row : 2 * (row - 32) + 1; }
 
 ELUTQ_INLINE Bytes load_bytes(const uint8_t* from) { return _mm512_loadu_si512(from); }
+ELUTQ_INLINE void store_bytes(Bytes v, uint8_t* to) { _mm512_storeu_si512(to, v); }
 ELUTQ_INLINE Bytes load_table(const uint8_t* from) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
@@ -39,6 +43,7 @@ ELUTQ_INLINE void add(Sums& sums, Bytes v) {
 ELUTQ_INLINE Sums start_sums(int value) {
   return {_mm512_set1_epi16(static_cast<int16_t>(257 * value)), _mm512_set1_epi16(static_cast<int16_t>(value))};
 }
+constexpr float kSumUnit = 1.0f;
 ELUTQ_INLINE Floats to_floats(Sums sums, int part) {
   const __m512i even = _mm512_sub_epi16(sums.all, _mm512_slli_epi16(sums.odd, 8));
   const __m512i words = part < 2 ? even : sums.odd;

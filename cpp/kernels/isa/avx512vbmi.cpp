@@ -7,6 +7,7 @@ namespace elutq {
 namespace {
 
 constexpr int kMostTokens[] = {0, 8, 6, 4, 4};
+constexpr int kManyTokens[] = {0, 0, 0, 0, 0};
 constexpr bool kFetches = true;
 
 using Bytes = __m512i;
@@ -33,6 +34,7 @@ ELUTQ_INLINE void add(Sums& sums, Bytes v) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums.of) : "v"(v), "v"(_mm512_set1_epi8(1)));
 }
 ELUTQ_INLINE Sums start_sums(int value) { return {_mm512_set1_epi32(value)}; }
+constexpr float kSumUnit = 1.0f;
 ELUTQ_INLINE Floats to_floats(Sums sums, int /*part*/) { return {_mm512_cvtepi32_ps(sums.of)}; }
 
 }  // namespace

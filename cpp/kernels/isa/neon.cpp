@@ -147,6 +147,7 @@ constexpr int kDenseRows = 2;
 constexpr int kDenseTokens = 2;
 constexpr int kAttentionRuns = 1;
 constexpr int kMostTokens[] = {0, 4, 4, 2, 2};
+constexpr int kManyTokens[] = {0, 12, 6, 3, 3};
 constexpr bool kFetches = false;
 
 // ---- Byte rows --------------------------------------------------------------------------------------------------
@@ -160,9 +161,12 @@ struct Sums {
   uint16x8_t high;
 };
 
+constexpr int kRegisterSums = 8;
+
 constexpr int byte_of_row(int row) { return row; }
 
 ELUTQ_INLINE Bytes load_bytes(const uint8_t* from) { return vld1q_u8(from); }
+ELUTQ_INLINE void store_bytes(Bytes v, uint8_t* to) { vst1q_u8(to, v); }
 ELUTQ_INLINE Bytes load_table(const uint8_t* from) { return vld1q_u8(from); }
 ELUTQ_INLINE Bytes low_nibbles(Bytes v) { return vandq_u8(v, vdupq_n_u8(15)); }
 ELUTQ_INLINE Bytes high_nibbles(Bytes v) { return vshrq_n_u8(v, 4); }
@@ -176,6 +180,7 @@ ELUTQ_INLINE Sums start_sums(int value) {
   const uint16x8_t v = vdupq_n_u16(static_cast<uint16_t>(value));
   return {v, v};
 }
+constexpr float kSumUnit = 1.0f;
 ELUTQ_INLINE Floats to_floats(Sums sums, int /*part*/) {
   const int16x8_t low = vreinterpretq_s16_u16(sums.low);
   const int16x8_t high = vreinterpretq_s16_u16(sums.high);

@@ -116,6 +116,7 @@ constexpr int kDenseRows = 4;
 constexpr int kDenseTokens = 1;
 constexpr int kAttentionRuns = 1;
 constexpr int kMostTokens[] = {0, 1, 1, 1, 1};
+constexpr int kManyTokens[] = {0, 0, 0, 0, 0};
 constexpr bool kFetches = false;
 
 constexpr int kBytes = 16;
@@ -126,12 +127,15 @@ struct Sums {
   int32_t of[kBytes];
 };
 
+constexpr int kRegisterSums = 1;
+
 constexpr int byte_of_row(int row) { return row; }
 inline Bytes load_bytes(const uint8_t* from) {
   Bytes r;
   std::memcpy(r.byte, from, kBytes);
   return r;
 }
+inline void store_bytes(const Bytes& v, uint8_t* to) { std::memcpy(to, v.byte, kBytes); }
 inline Bytes load_table(const uint8_t* from) { return load_bytes(from); }
 inline Bytes low_nibbles(Bytes v) {
   for (uint8_t& byte : v.byte) byte &= 15;
@@ -157,6 +161,7 @@ inline Sums start_sums(int value) {
   for (int32_t& sum : r.of) sum = value;
   return r;
 }
+constexpr float kSumUnit = 1.0f;
 inline Floats to_floats(const Sums& sums, int /*part*/) {
   return per_lane([&](int i) { return static_cast<float>(sums.of[i]); });
 }
