@@ -10,11 +10,13 @@ namespace {
 constexpr int kTokensAtOnce = 64;
 constexpr int64_t kIndexBytes = 16 * 1024;  // half the first-level cache: tables, parameters and sums come by beside it
 
-/// One segment of some tiles of a panel. What no tile was read into is zero.
+/// One segment of some tiles of a panel. Where kTogether tiles are asked for and fewer are there, the others come to
+/// something, which nobody looks at.
 template <typename Lookup, int bits>
 struct IndexedSegment {
   /// Tiles whose sums fit the registers: they share the reading of tables.
   static constexpr int kTogether = bits < Lookup::kSumsAtOnce ? Lookup::kSumsAtOnce / bits : 1;
+  static_assert(kPanelTiles % kTogether == 0);
   static constexpr int64_t kBlockBytes = kTogether * bits * 2 * kStripBytes;  // of so many tiles
   static constexpr int64_t kParameters = (bits + 1) * kTileRows;              // of one tile
 

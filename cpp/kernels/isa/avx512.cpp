@@ -20,7 +20,7 @@ struct Sums {
   __m512i odd;
 };
 
-constexpr int kRegisterSums = 8;
+constexpr int kRegisterSums = 4;
 
 /// Even bytes hold rows 0..31 and odd bytes rows 32..63, so that the sums come out in order.
 constexpr int byte_of_row(int row) { return row < 32 ? 2 * row : 2 * (row - 32) + 1; }

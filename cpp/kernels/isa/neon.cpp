@@ -147,7 +147,7 @@ constexpr int kDenseRows = 2;
 constexpr int kDenseTokens = 2;
 constexpr int kAttentionRuns = 1;
 constexpr int kMostTokens[] = {0, 4, 4, 2, 2};
-constexpr int kManyTokens[] = {0, 12, 6, 3, 3};
+constexpr int kManyTokens[] = {0, 0, 0, 0, 0};
 constexpr bool kFetches = false;
 
 // ---- Byte rows --------------------------------------------------------------------------------------------------
