@@ -305,11 +305,15 @@ class _Solver:
         return (needed * _BYTE_MARGIN).half().float()
 
     def _data_free(self, target: Tensor, importance: Tensor) -> Tensor:
-        """Parameters of the data-free solver, [bits + 1, rows]."""
+        """Parameters of the data-free solver, [bits + 1, rows]; a GPU leaves uniform grids to the CPU."""
         method = "uniform" if self.options.uniform else "hlq" if self.options.feedback else "ao"
-        limited = target.T.clamp(-hlq.HALF_MAX, hlq.HALF_MAX).contiguous()
+        limited = target.clamp(-hlq.HALF_MAX, hlq.HALF_MAX)
+        if target.device.type == "cuda" and method != "uniform":
+            from elutq import triton_fit
+
+            return triton_fit.fit_groups(limited, importance, self.bits, method)
         matrix = hlq.fit(
-            limited.cpu().numpy(),
+            limited.T.contiguous().cpu().numpy(),
             self.bits,
             -1,
             weights=importance.cpu().numpy(),

@@ -455,7 +455,7 @@ def _search(best: _Best, bits: int) -> None:
     if bits > 1:
         _alternate(best, *_outlier_start(x, bits), START_ROUNDS, PACE)
     for kick in range(KICKS[bits - 1]):
-        direction = _kick_direction(kick, bits)
+        direction = kick_direction(kick, bits)
         change = KICK_SIZE * direction[:bits] * best.s
         shift = KICK_SHIFT[bits - 1] * direction[bits] * best.s.sum(1)
         _alternate(best, best.s + change, best.z - change.sum(1) / 2 + shift, KICK_ROUNDS[bits - 1], PACE)
@@ -478,7 +478,7 @@ def _outlier_start(x: Floats, bits: int) -> tuple[Floats, Floats]:
     return np.column_stack([s, np.maximum(above, below)]), z - np.where(above < below, below, 0)
 
 
-def _kick_direction(kick: int, bits: int) -> Floats:
+def kick_direction(kick: int, bits: int) -> Floats:
     """Directions in [-1, 1) of the scales and the zero, [bits + 1]; successive kicks fill the cube evenly.
 
     An additive recurrence (Roberts 2018, "The unreasonable effectiveness of quasirandom sequences") with
