@@ -144,7 +144,7 @@ def test_what_is_no_number_is_refused() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 4])
 def test_it_compiles_for_a_gpu_and_its_registers_suffice(bits: int, tmp_path: Path) -> None:
     kernel = triton_fit._fit
     types = {"kicks": "*fp64", "starts": "*fp64", "paces": "*fp64", "rounds": "*i32"}
