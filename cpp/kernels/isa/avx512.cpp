@@ -26,7 +26,7 @@ constexpr int kRegisterSums = 4;
 constexpr int byte_of_row(int row) { return row < 32 ? 2 * row : 2 * (row - 32) + 1; }
 
 ELUTQ_INLINE Bytes load_bytes(const uint8_t* from) { return _mm512_loadu_si512(from); }
-ELUTQ_INLINE void store_bytes(Bytes v, uint8_t* to) { _mm512_storeu_si512(to, v); }
+[[maybe_unused]] ELUTQ_INLINE void store_bytes(Bytes v, uint8_t* to) { _mm512_storeu_si512(to, v); }
 ELUTQ_INLINE Bytes load_table(const uint8_t* from) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }

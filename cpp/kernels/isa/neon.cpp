@@ -166,7 +166,7 @@ constexpr int kRegisterSums = 8;
 constexpr int byte_of_row(int row) { return row; }
 
 ELUTQ_INLINE Bytes load_bytes(const uint8_t* from) { return vld1q_u8(from); }
-ELUTQ_INLINE void store_bytes(Bytes v, uint8_t* to) { vst1q_u8(to, v); }
+[[maybe_unused]] ELUTQ_INLINE void store_bytes(Bytes v, uint8_t* to) { vst1q_u8(to, v); }
 ELUTQ_INLINE Bytes load_table(const uint8_t* from) { return vld1q_u8(from); }
 ELUTQ_INLINE Bytes low_nibbles(Bytes v) { return vandq_u8(v, vdupq_n_u8(15)); }
 ELUTQ_INLINE Bytes high_nibbles(Bytes v) { return vshrq_n_u8(v, 4); }

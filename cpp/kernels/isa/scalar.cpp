@@ -135,7 +135,7 @@ inline Bytes load_bytes(const uint8_t* from) {
   std::memcpy(r.byte, from, kBytes);
   return r;
 }
-inline void store_bytes(const Bytes& v, uint8_t* to) { std::memcpy(to, v.byte, kBytes); }
+[[maybe_unused]] inline void store_bytes(const Bytes& v, uint8_t* to) { std::memcpy(to, v.byte, kBytes); }
 inline Bytes load_table(const uint8_t* from) { return load_bytes(from); }
 inline Bytes low_nibbles(Bytes v) {
   for (uint8_t& byte : v.byte) byte &= 15;
