@@ -7,7 +7,6 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 
 #include "kernel_cases.h"
 #include "kernels/reference.h"
@@ -173,8 +172,13 @@ TEST_CASE("column runs, row chunks and company change no bit") {
   int param_bits = 16;
   SUBCASE("fp16 parameters") {}
   SUBCASE("8-bit parameters") { param_bits = 8; }
-  for (const auto& [out, in, tokens] :
-       {std::tuple<int64_t, int64_t, int64_t>{700, 5000, 5}, {700, 5000, 11}, {300, 600, 70}}) {
+  struct Case {
+    int64_t out, in, tokens;
+  };
+  for (const Case& of : {Case{700, 5000, 5}, {700, 5000, 11}, {300, 600, 70}}) {
+    const int64_t out = of.out;
+    const int64_t in = of.in;
+    const int64_t tokens = of.tokens;
     CAPTURE(tokens);
     const HlqShape shape = make_shape(out, in, 2, 128, param_bits);
     const HlqCase matrix(shape, 13);
