@@ -2,7 +2,11 @@
 
 import importlib.util
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -53,6 +57,25 @@ def make_folder(golden: ModuleType) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture
+def passed_in_interpreter() -> Callable[[str], int]:
+    """`passed_in_interpreter(file)`: tests of a file that pass in Triton's interpreter. None may fail."""
+
+    def run(file: str) -> int:
+        # Triton looks at the variable when it is imported, which transformers may have done in this process.
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file]
+        done = subprocess.run(
+            command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout
+        passed = re.search(r"\b(\d+) passed", done.stdout)
+        assert passed is not None, done.stdout
+        return int(passed[1])
+
+    return run
 
 
 @pytest.fixture(scope="session")
