@@ -11,10 +11,10 @@
 
 #include "bindings/bindings.h"
 #include "bindings/hlq_matrix.h"
-#include "solver/choose_columns.h"
 #include "solver/dequantize.h"
 #include "solver/hlq_fit.h"
 #include "solver/learned_rounding.h"
+#include "solver/solve_group.h"
 #include "solver/squared_error.h"
 
 namespace nb = nanobind;
@@ -108,32 +108,34 @@ std::pair<double, double> squared_error(const Weights& weights, const std::strin
   return {sums.error, sums.norm};
 }
 
-void choose_columns(const ConstFloats& levels, const ConstBytes& level_codes, const ConstFloats& matrix,
-                    const ConstFloats& base, const Floats& pull, const Floats& values, const Bytes& codes,
-                    const Floats& errors) {
-  elutq::ColumnSearch search;
-  search.columns = static_cast<int64_t>(base.shape(0));
-  search.rows = static_cast<int64_t>(base.shape(1));
-  while (search.bits < elutq::kColumnSearchMaxBits && int64_t{1} << search.bits < int64_t(levels.shape(0))) {
-    ++search.bits;
+void solve_group(const ConstFloats& target, const ConstFloats& metric, const std::optional<ConstFloats>& feedback,
+                 const std::optional<Importance>& row_scales, bool resume, int rounds, int descents,
+                 const Floats& parameters, const Bytes& codes, const Floats& values, int threads) {
+  elutq::CalibratedGroup group;
+  group.columns = static_cast<int64_t>(target.shape(0));
+  group.rows = static_cast<int64_t>(target.shape(1));
+  group.bits = static_cast<int>(parameters.shape(0)) - 1;
+  check_shape(metric, group.columns, group.columns, "metric");
+  if (feedback) check_shape(*feedback, group.columns, group.columns, "feedback");
+  if (row_scales && static_cast<int64_t>(row_scales->shape(0)) != group.rows) {
+    throw std::invalid_argument("row_scales must be one for each row");
   }
-  check_shape(levels, int64_t{1} << search.bits, search.rows, "levels");
-  check_shape(level_codes, int64_t{1} << search.bits, search.rows, "level_codes");
-  check_shape(matrix, search.columns, search.columns, "matrix");
-  check_shape(pull, search.columns, search.rows, "pull");
-  check_shape(values, search.columns, search.rows, "values");
-  check_shape(codes, search.columns, search.rows, "codes");
-  check_shape(errors, search.columns, search.rows, "errors");
-  search.levels = levels.data();
-  search.level_codes = level_codes.data();
-  search.matrix = matrix.data();
-  search.base = base.data();
-  search.pull = pull.data();
-  search.values = values.data();
-  search.codes = codes.data();
-  search.errors = errors.data();
+  check_shape(parameters, group.bits + 1, group.rows, "parameters");
+  check_shape(codes, group.columns, group.rows, "codes");
+  check_shape(values, group.columns, group.rows, "values");
+  group.target = target.data();
+  group.metric = metric.data();
+  group.feedback = feedback ? feedback->data() : nullptr;
+  group.row_scales = row_scales ? row_scales->data() : nullptr;
+  group.resume = resume;
+  group.rounds = rounds;
+  group.descents = descents;
+  group.parameters = parameters.data();
+  group.codes = codes.data();
+  group.values = values.data();
   const nb::gil_scoped_release release;
-  elutq::choose_columns(search);
+  elutq::ThreadPool pool(threads);
+  elutq::solve_group(group, pool);
 }
 
 template <typename Latent>
@@ -183,11 +185,10 @@ void bind_solver(nb::module_& m) {
         "Writes what a quantized matrix stands for.");
   m.def("squared_error", &squared_error, nb::arg("weights"), nb::arg("type"), nb::arg("matrix"), nb::arg("threads"),
         "Returns ||W - W~||^2 and ||W||^2 of weights and their quantized form.");
-  m.def("choose_columns", &choose_columns, nb::arg("levels"), nb::arg("level_codes"), nb::arg("matrix"),
-        nb::arg("base"), nb::arg("pull").noconvert(), nb::arg("values").noconvert(), nb::arg("codes").noconvert(),
-        nb::arg("errors").noconvert(),
-        "Chooses the codes of at most 32 columns, one column after the other: q_j is the level nearest to\n"
-        "b_j + p_j / D_jj, then p += D_j (b_j - q_j).");
+  m.def("solve_group", &solve_group, nb::arg("target"), nb::arg("metric"), nb::arg("feedback").none(),
+        nb::arg("row_scales").none(), nb::arg("resume"), nb::arg("rounds"), nb::arg("descents"),
+        nb::arg("parameters").noconvert(), nb::arg("codes").noconvert(), nb::arg("values").noconvert(),
+        nb::arg("threads"), "Quantizes a group of columns in the metric of a Hessian, in place.");
   m.def("soft_values", &soft_values, nb::arg("latent"), nb::arg("levels"), nb::arg("temperature"),
         nb::arg("values").noconvert(), nb::arg("threads"),
         "Writes weights that lie between two levels of their group each.");

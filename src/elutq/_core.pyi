@@ -107,17 +107,20 @@ def fit_hlq(
 ) -> float:
     """Quantize weights into planes, scales and zeros; the largest magnitude, NaN when a weight is NaN."""
 
-def choose_columns(
-    levels: NDArray[np.float32],
-    level_codes: NDArray[np.uint8],
-    matrix: NDArray[np.float32],
-    base: NDArray[np.float32],
-    pull: NDArray[np.float32],
-    values: NDArray[np.float32],
+def solve_group(
+    target: NDArray[np.float32],
+    metric: NDArray[np.float32],
+    feedback: NDArray[np.float32] | None,
+    row_scales: NDArray[np.float32] | None,
+    resume: bool,
+    rounds: int,
+    descents: int,
+    parameters: NDArray[np.float32],
     codes: NDArray[np.uint8],
-    errors: NDArray[np.float32],
+    values: NDArray[np.float32],
+    threads: int,
 ) -> None:
-    """Choose the codes of at most 32 columns one after the other; see `elutq.group_problem`."""
+    """Quantize a group of columns in the metric of a Hessian, in place; see `elutq.group_problem`."""
 
 def soft_values(
     latent: NDArray[np.float32],

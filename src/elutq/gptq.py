@@ -40,7 +40,7 @@ from torch import Tensor
 
 from elutq import hlq
 from elutq.errors import SingularHessianError, TensorShapeError
-from elutq.group_problem import GroupProblem
+from elutq.group_problem import GroupSolution, solve_group
 from elutq.packing import HlqMatrix, pack_codes
 from elutq.precision import products_in_float32
 from elutq.scheme import QuantScheme
@@ -49,6 +49,8 @@ from elutq.scheme import QuantScheme
 _ROWS = 4096
 #: Room that row scales leave for what error compensation adds to the weights.
 _BYTE_MARGIN = 1.1
+#: Columns of a block, of which only the product with itself and those before is needed, as H is symmetric.
+_SQUARE_BLOCK = 512
 _DAMP_STEP = 10.0
 _DAMP_LIMIT = 10.0
 
@@ -168,9 +170,24 @@ class Metric:
         targets: Tensor = weight + self.options.target_share * shift
         return targets
 
-    def error(self, residual: Tensor) -> float:
-        """tr(r^T H r) of errors r, [in_features, rows]."""
-        return float((residual * (self.hessian @ residual)).sum(dtype=torch.float64))
+    def square(self, x: Tensor) -> float:
+        """tr(x^T H x) of x, [in_features, rows]."""
+        total = 0.0
+        for first in range(0, len(x), _SQUARE_BLOCK):
+            block, before = slice(first, first + _SQUARE_BLOCK), slice(0, first)
+            total += self.share_of_square(x, block, self.hessian[block, before] @ x[before])
+        return total
+
+    def share_of_square(self, x: Tensor, block: slice, pull: Tensor) -> float:
+        """x_b^T (2 H_ba x_a + H_bb x_b), what a block b adds to tr(x^T H x) of the columns a before it.
+
+        Args:
+            x: [in_features, rows].
+            block: the columns b.
+            pull: H_ba x_a, [columns of b, rows].
+        """
+        own = x[block]
+        return float((own * (2 * pull + self.hessian[block, block] @ own)).sum(dtype=torch.float64))
 
 
 @products_in_float32()
@@ -221,8 +238,8 @@ def solve(
             parameters = torch.where(solver.row_scales[:, None, None] > 0, units, 0).round()
         scales[some] = parameters[:, :, :-1].cpu().numpy()
         zeros[some] = parameters[:, :, -1].cpu().numpy()
-        error += metric.error(solver.residual)
-        norm += metric.error(weight[some].T)
+        error += solver.error
+        norm += metric.square(weight[some].T)
     planes = pack_codes(codes, scheme.bits)
     matrix = HlqMatrix(planes, scales, zeros, columns, scheme.group_size, row_scales)
     return Solution(matrix, error, norm)
@@ -243,6 +260,7 @@ class _Solver:
         codes: uint8, the same shape.
         parameters: scales and, last, the zero of every group, [groups, bits + 1, rows].
         row_scales: what they are multiples of, [rows], when they are stored in bytes.
+        error: tr(r^T H r) of the residual, after `run`.
     """
 
     def __init__(self, weight: Tensor, metric: Metric, scheme: QuantScheme, threads: int | None) -> None:
@@ -264,8 +282,8 @@ class _Solver:
         for index, group in enumerate(self._groups):
             self._first_visit(index, group)
         for _ in range(options.sweeps):
-            for index, group in enumerate(self._groups):
-                self._visit_again(index, group)
+            shares = [self._visit_again(index, group) for index, group in enumerate(self._groups)]
+        self.error = sum(shares) if options.sweeps else self.metric.square(self.residual)
 
     def _first_visit(self, index: int, group: slice) -> None:
         factor = self.metric.factor
@@ -273,26 +291,42 @@ class _Solver:
         before = slice(0, group.start)
         spill = factor[before, group].T @ self.residual[before]
         target = self.target[group] + torch.linalg.solve_triangular(own.T, spill, upper=False)
-        problem = GroupProblem(target, own @ own.T, self.bits, self.row_scales)
-        parameters = self._data_free(target, own.diagonal().square())
-        problem.start(parameters, own if self.options.feedback else None)
-        problem.improve(self.options.rounds, self.options.descents)
-        self._store(index, group, problem)
+        found = solve_group(
+            target,
+            own @ own.T,
+            self._data_free(target, own.diagonal().square()),
+            rounds=self.options.rounds,
+            descents=self.options.descents,
+            factor=own if self.options.feedback else None,
+            row_scales=self.row_scales,
+            threads=self._threads,
+        )
+        self._store(index, group, found)
 
-    def _visit_again(self, index: int, group: slice) -> None:
-        damped = self.metric.damped
-        pull = damped[group] @ self.residual
+    def _visit_again(self, index: int, group: slice) -> float:
+        """Returns what the group adds to the error of those before it."""
+        damped, before, rest = self.metric.damped, slice(0, group.start), slice(group.start, None)
+        pull_before = damped[group, before] @ self.residual[before]
+        pull = pull_before + damped[group, rest] @ self.residual[rest]
         own = damped[group, group]
         target = self.values[group] + torch.linalg.solve(own, pull)
-        problem = GroupProblem(target, own, self.bits, self.row_scales)
-        problem.resume(self.codes[group], self.parameters[index])
-        problem.improve(self.options.sweep_rounds, self.options.descents)
-        self._store(index, group, problem)
+        found = solve_group(
+            target,
+            own,
+            self.parameters[index],
+            rounds=self.options.sweep_rounds,
+            descents=self.options.descents,
+            codes=self.codes[group],
+            row_scales=self.row_scales,
+            threads=self._threads,
+        )
+        self._store(index, group, found)
+        return self.metric.share_of_square(self.residual, group, pull_before)
 
-    def _store(self, index: int, group: slice, problem: GroupProblem) -> None:
-        self.codes[group], self.parameters[index] = problem.best_codes, problem.best_parameters
-        self.values[group] = problem.best_values
-        self.residual[group] = self.target[group] - problem.best_values
+    def _store(self, index: int, group: slice, found: GroupSolution) -> None:
+        self.codes[group], self.values[group] = found.codes, found.values
+        self.parameters[index] = found.parameters
+        self.residual[group] = self.target[group] - found.values
 
     def _choose_row_scales(self) -> Tensor:
         """Units in which what the data-free solver makes of a row's groups fits bytes."""

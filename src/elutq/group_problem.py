@@ -1,21 +1,89 @@
 """One group of columns in the metric of a Hessian: min (x - q)^T M (x - q) over codes and parameters.
 
 The steps are those of `elutq.gptq`, which says where they come from. Arrays are [columns, rows]; rows are
-independent of each other.
+independent of each other. On CPUs the C++ core takes the steps, some rows at a time while they are in the
+cache; elsewhere `GroupProblem` does, in torch and Triton, and it is what the core is tested against.
 """
+
+import os
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from elutq import _core, hlq
 
-#: Columns that update each other one by one; all others learn of them by one matrix product. `_core` takes no
-#: more at a time.
+#: Columns that update each other one by one; all others learn of them by one matrix product.
 _BLOCK = 32
 _BLOCK_ON_GPU = 128
 #: Weight of the present parameters in a refit, relative to the mean of the diagonal: it decides what the
 #: codes leave open, such as the scale of a plane that no weight uses.
 _PROXIMITY = 1e-6
+
+
+@dataclass(frozen=True)
+class GroupSolution:
+    """A quantized group: codes uint8 and values float32 [columns, rows], parameters [bits + 1, rows]."""
+
+    codes: Tensor
+    values: Tensor
+    parameters: Tensor
+
+
+def solve_group(
+    target: Tensor,
+    metric: Tensor,
+    parameters: Tensor,
+    *,
+    rounds: int,
+    descents: int,
+    factor: Tensor | None = None,
+    codes: Tensor | None = None,
+    row_scales: Tensor | None = None,
+    threads: int | None = None,
+) -> GroupSolution:
+    """The best of each row after some rounds of descents on the codes and refits of the parameters.
+
+    Args:
+        target: x, float32 [columns, rows].
+        metric: M, float32 [columns, columns], positive definite.
+        parameters: to begin with, float32 [bits + 1, rows], scales and, last, zero.
+        rounds: how many.
+        descents: in each of them.
+        factor: V, upper triangular [columns, columns], M = V V^T: the first codes are chosen column by
+            column, later ones making up for the errors of earlier ones. None: each is the nearest to its
+            target.
+        codes: those of a known solution, which the result will not be worse than; without `factor`.
+        row_scales: float32 [rows], fp16 values: parameters are bytes in these units; None: they are fp16.
+        threads: of a CPU; all by default. The result does not depend on it.
+    """
+    if target.device.type == "cpu":
+        found = GroupSolution(
+            torch.empty(target.shape, dtype=torch.uint8) if codes is None else codes.clone(),
+            torch.empty_like(target),
+            parameters.clone(memory_format=torch.contiguous_format),
+        )
+        _core.solve_group(
+            target.contiguous().numpy(),
+            metric.contiguous().numpy(),
+            None if factor is None else factor.T.contiguous().numpy(),
+            None if row_scales is None else row_scales.numpy(),
+            codes is not None,
+            rounds,
+            descents,
+            found.parameters.numpy(),
+            found.codes.numpy(),
+            found.values.numpy(),
+            threads or len(os.sched_getaffinity(0)),
+        )
+        return found
+    problem = GroupProblem(target, metric, len(parameters) - 1, row_scales)
+    if codes is None:
+        problem.start(parameters, factor)
+    else:
+        problem.resume(codes, parameters)
+    problem.improve(rounds, descents)
+    return GroupSolution(problem.best_codes, problem.best_values, problem.best_parameters)
 
 
 class GroupProblem:
@@ -93,10 +161,8 @@ class GroupProblem:
             matrix: D, [columns, columns].
             triangular: D is upper triangular, so that a column changes nothing for earlier ones.
         """
-        choose, at_once = {
-            "cpu": (self._choose_on_cpu, _BLOCK),
-            "cuda": (self._choose_on_gpu, _BLOCK_ON_GPU),
-        }.get(base.device.type, (self._choose, _BLOCK))
+        on_gpu = base.device.type == "cuda"
+        choose, at_once = (self._choose_on_gpu, _BLOCK_ON_GPU) if on_gpu else (self._choose, _BLOCK)
         for first in range(0, len(base), at_once):
             block = slice(first, min(first + at_once, len(base)))
             errors = choose(block, base[block], pull[block], matrix[block, block].contiguous())
@@ -115,23 +181,8 @@ class GroupProblem:
             pull.addr_(matrix[i], errors[i])
         return errors
 
-    def _choose_on_cpu(self, block: slice, base: Tensor, pull: Tensor, matrix: Tensor) -> Tensor:
-        """The same in C++, which visits a column of some rows while they are in the cache."""
-        errors = torch.empty_like(base)
-        _core.choose_columns(
-            self._ascending.numpy(),
-            self._order.numpy(),
-            matrix.numpy(),
-            base.numpy(),
-            pull.numpy(),
-            self.values[block].numpy(),
-            self.codes[block].numpy(),
-            errors.numpy(),
-        )
-        return errors
-
     def _choose_on_gpu(self, block: slice, base: Tensor, pull: Tensor, matrix: Tensor) -> Tensor:
-        """The same in Triton, which keeps the pull of some rows in registers."""
+        """`_choose` in Triton, which keeps the pull of some rows in registers."""
         from elutq import triton_kernels
 
         errors = torch.empty_like(base)

@@ -5,6 +5,10 @@ from torch import Tensor
 
 from elutq.world import World
 
+#: A symmetric product is made in blocks of columns, each down to the diagonal: 9/16 of the work with 8.
+_BLOCKS = 8
+_LEAST_BLOCK = 256
+
 
 class Moments:
     """E[x^ x^^T] and E[x x^^T], up to a factor: x is what the full model's module reads, x^ the other's.
@@ -20,7 +24,7 @@ class Moments:
         cross: whether the second is wanted.
 
     Attributes:
-        hessian: the first, [size, size], float64 until `sum_over`, then float32.
+        hessian: the first, [size, size], float64 and its upper triangle until `sum_over`, then float32.
         cross: the second, likewise.
         tokens: how many were counted.
     """
@@ -30,6 +34,8 @@ class Moments:
         self.cross = torch.zeros_like(self.hessian) if cross else None
         self.tokens = 0
         self._product = torch.empty((size, size), device=device)
+        width = max(_LEAST_BLOCK, -(-size // _BLOCKS))
+        self._blocks = [slice(first, min(first + width, size)) for first in range(0, size, width)]
 
     def add(self, full: Tensor, quantized: Tensor) -> None:
         """Count the tokens of some windows: inputs [windows, length, size] of both models."""
@@ -42,13 +48,18 @@ class Moments:
         self._add(full.float(), x, x * weight[:, None])
 
     def _add(self, full: Tensor, x: Tensor, weighted: Tensor) -> None:
-        self.hessian += torch.mm(weighted.T, x, out=self._product)
+        for block in self._blocks:  # the upper triangle, in blocks
+            rows = slice(0, block.stop)
+            product = torch.mm(weighted[:, rows].T, x[:, block], out=self._product[rows, block])
+            self.hessian[rows, block] += product
         if self.cross is not None:
             self.cross += torch.mm(full.T, weighted, out=self._product)
         self.tokens += len(x)
 
     def sum_over(self, world: World) -> None:
         """Count what all processes counted, and be done."""
+        for block in self._blocks:
+            self.hessian[block.stop :, block] = self.hessian[block, block.stop :].T
         world.sum_(self.hessian)
         self.hessian = self.hessian.float()
         if self.cross is not None:

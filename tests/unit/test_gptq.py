@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +13,8 @@ from elutq.scheme import QuantScheme
 
 torch = pytest.importorskip("torch", reason="needs pip install '.[quantize]'")
 gptq = pytest.importorskip("elutq.gptq")
-GroupProblem = pytest.importorskip("elutq.group_problem").GroupProblem
+group_problem = pytest.importorskip("elutq.group_problem")
+GroupProblem, solve_group = group_problem.GroupProblem, group_problem.solve_group
 
 OPTIONS = gptq.SolverOptions()
 
@@ -124,32 +124,57 @@ def test_steps_never_lose_what_was_reached() -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_columns_are_chosen_in_cpp_as_in_torch(bits: int) -> None:
-    generator = torch.Generator().manual_seed(bits)
-
-    def whole(low: int, high: int, *shape: int) -> "torch.Tensor":
-        return torch.randint(low, high, shape, generator=generator).float()
-
-    # Sums of these are exact in any order, so both must give the same bits. 80 columns are three blocks.
-    target, matrix = whole(-32, 33, 80, 37) / 8, whole(-1, 2, 80, 80)
-    matrix.diagonal().fill_(4)
-    scales = whole(1, 9, bits, 37).cumsum(0) / 4
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_core_solves_groups_as_torch_does(bits: int, narrow: bool) -> None:
+    # 80 columns are three blocks; 37 rows do not fill their vectors.
+    hessian, target = hessian_of(inputs(512, 80)), weights(37, 80).T.contiguous()
+    hessian += 0.03 * hessian.diagonal().mean() * torch.eye(80)
+    factor = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
+    scales = torch.tensor([0.3, 0.5, 1.1, 1.9])[-bits:, None].expand(bits, 37)
     parameters = torch.cat([scales, -scales.sum(0, keepdim=True) / 2])
-    found = []
-    for choose in (GroupProblem._choose, GroupProblem._choose_on_cpu):
-        problem = GroupProblem(target, matrix, bits)
-        problem._choose_on_cpu = partial(choose, problem)
-        problem.start(parameters, matrix.triu())
-        problem._descend()
-        found.append((problem.codes, problem.values, problem._gradient))
-    for expected, value in zip(*found, strict=True):
-        assert torch.equal(expected, value)
-    assert len(found[0][0].unique()) == 2**bits
+    units = torch.full((37,), 1 / 32) if narrow else None
+
+    def step(parameters, codes, rounds, own_factor):
+        """Losses of both ways, and the core's solution."""
+        found = solve_group(
+            target,
+            hessian,
+            parameters,
+            rounds=rounds,
+            descents=1,
+            factor=own_factor,
+            codes=codes,
+            row_scales=units,
+        )
+        problem = GroupProblem(target, hessian, bits, units)
+        if codes is None:
+            problem.start(parameters, own_factor)
+        else:
+            problem.resume(codes, parameters)
+        problem.improve(rounds, 1)
+        errors = target - found.values
+        return (errors * (hessian @ errors)).sum(0), problem, found
+
+    for own_factor in (None, factor):
+        reached, problem, found = step(parameters, None, 0, own_factor)
+        # Sums come in another order: now and then a weight half way between two levels takes the other.
+        assert (found.codes == problem.best_codes).float().mean() > 0.99
+        torch.testing.assert_close(reached.sum(), problem.best_loss.sum(), rtol=0.01, atol=0)
+        same = found.codes == problem.best_codes
+        torch.testing.assert_close(found.values[same], problem.best_values[same])
+    for rounds in (1, 4):
+        reached, problem, _ = step(found.parameters, found.codes, rounds, None)
+        torch.testing.assert_close(reached.sum(), problem.best_loss.sum(), rtol=0.01, atol=0)
+    reached, problem, found = step(parameters, 2**bits - 1 - found.codes, 2, None)  # planes inverted
+    torch.testing.assert_close(reached.sum(), problem.best_loss.sum(), rtol=0.02, atol=0)
+    assert (found.parameters[:-1].diff(dim=0) >= 0).all()
 
 
-def test_stored_form_is_canonical_and_what_was_optimized() -> None:
+@pytest.mark.parametrize("sweeps", [0, 2])
+def test_stored_form_is_canonical_and_what_was_optimized(sweeps: int) -> None:
     hessian, weight = hessian_of(inputs(512, 128)), weights(32, 128)
-    solution = gptq.solve(weight, gptq.Metric(hessian, None, OPTIONS), QuantScheme(3, 32))
+    metric = gptq.Metric(hessian, None, replace(OPTIONS, sweeps=sweeps))
+    solution = gptq.solve(weight, metric, QuantScheme(3, 32))
     scales = solution.matrix.scales.astype(np.float32)
     assert (scales >= 0).all()
     assert (np.diff(scales, axis=2) >= 0).all()
@@ -157,6 +182,12 @@ def test_stored_form_is_canonical_and_what_was_optimized() -> None:
     assert float(loss(weight, solution.matrix, hessian).sum() / norm) == pytest.approx(
         solution.output_error, rel=1e-3
     )
+
+
+def test_squares_are_those_of_the_whole_hessian() -> None:
+    hessian, x = hessian_of(inputs(2048, 1100)), weights(7, 1100)
+    expected = loss(x, hlq.fit(np.zeros((7, 1100), np.float32), 1, -1), hessian).sum()
+    assert gptq.Metric(hessian, None, OPTIONS).square(x.T) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_targets_follow_the_full_models_inputs() -> None:

@@ -54,6 +54,15 @@ def test_moments_are_the_same_bits_however_windows_are_dealt_out(
         assert torch.equal(first.cross, expected.cross)
 
 
+def test_many_columns_are_counted_in_blocks() -> None:
+    x = torch.randn(1, 30, 600, generator=torch.Generator().manual_seed(0))
+    moments = Moments(600, False, CPU)
+    moments.add(x, x)
+    moments.sum_over(World())
+    assert torch.equal(moments.hessian, moments.hessian.T)
+    torch.testing.assert_close(moments.hessian, x[0].T @ x[0], rtol=1e-4, atol=1e-4)
+
+
 def test_weighted_tokens_count_as_often(windows: tuple["torch.Tensor", "torch.Tensor"]) -> None:
     full, quantized = (stream[0] for stream in windows)
     weighted, repeated = Moments(24, True, CPU), count(*3 * [(full[None], quantized[None])])
