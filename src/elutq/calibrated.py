@@ -37,8 +37,8 @@ FAST = SolverOptions(rounds=2)
 # What the estimates rest on: rough figures of two cores (`benchmarks/quantize_memory.py` shows what is true),
 # and of an H200 (`benchmarks/one_block.py`).
 _PROBE, _PROBE_ON_GPU = 1536, 8192  # side of the matrices that are multiplied to see how fast that is
-_COLUMN_SECONDS = 90e-6  # one column of up to 4096 rows in one pass over the codes
-_COLUMN_SECONDS_ON_GPU = 23e-6  # however many rows, with what the CPU does for it
+_PASS_OPERATIONS = 1000  # of a weight in a group of 128 when codes are passed, at the speed of the above
+_COLUMN_SECONDS_ON_GPU = 23e-6  # one column of however many rows in one pass, with what the CPU does for it
 BASE_BYTES = 700 << 20  # Python, torch and transformers themselves
 _SOLVER_COPIES = 8  # float32 arrays of a piece of a matrix that the solver holds
 
@@ -194,10 +194,11 @@ def estimate(
 ) -> Estimate:
     """Count operations and bytes of a process; a short multiplication tells how fast its device is.
 
-    Per token, each stream spends 2 operations per weight, and each Hessian, or cross moments, 2
-    in_features^2; per module, a factorization takes in_features^3, the solver in_features^2 per row and
-    pass, and a step of its own for every column. Processes share tokens, rows and experts, but each
-    factors the Hessians of dense modules itself.
+    Per token, each stream spends 2 operations per weight, a Hessian in_features^2, cross moments 2
+    in_features^2. Per module, a factorization takes in_features^3, and for each row targets 4 in_features^2,
+    the first visit of all groups 1, a sweep 2, and what the report states 1. Passes over the codes come on
+    top, which take a GPU a step of its own for every column. Processes share tokens, rows and experts, but
+    each factors the Hessians of dense modules itself.
     """
     learned, judged = (
         math.ceil(len(part) / world.size) * part.shape[1]
@@ -212,31 +213,33 @@ def estimate(
         active = weights - in_experts + in_experts * engine.num_experts_per_tok // engine.num_experts
     passes = 1 + options.rounds * options.descents
     passes += options.sweeps * options.sweep_rounds * options.descents
-    moments = 2 if options.target_share > 0 else 1
+    aware = options.target_share > 0
     # Modules that read the same inputs share a Hessian; one for each input: q, o, gate and down.
     inputs = [first[0].in_features, first[3].in_features]
     inputs += [linear.in_features for i, linear in enumerate(first[4:]) if i % 3 != 1]
     sparse_share = engine.num_experts_per_tok / engine.num_experts if engine.sparse_layers[0] else 1.0
     counted = [tokens * (1.0 if i < 2 else sparse_share) for i in range(len(inputs))]
     operations = 4.0 * tokens * active
-    operations += sum(2.0 * moments * seen * size**2 for seen, size in zip(counted, inputs, strict=True))
+    operations += sum(
+        (3.0 if aware else 1.0) * seen * size**2 for seen, size in zip(counted, inputs, strict=True)
+    )
     sharing = world.size if engine.sparse_layers[0] else 1  # experts are solved whole
     operations += sum(float(size) ** 3 / (sharing if i > 1 else 1) for i, size in enumerate(inputs))
+    visits = 2 + 2 * options.sweeps + (4 if aware else 0)
     operations += (
-        sum(2.0 * linear.out_features * linear.in_features**2 * (1 + options.sweeps) for linear in first)
-        / world.size
+        sum(float(linear.out_features) * linear.in_features**2 * visits for linear in first) / world.size
     )
-    on_gpu = world.device.type != "cpu"
-    most = weights_at_once(world.device)
-    columns: float = sum(
-        linear.in_features * -(-linear.out_features // (most // linear.in_features if on_gpu else 4096))
-        for linear in first
-    )
-    columns /= world.size
-    # However few rows a process has, it passes every column of each input.
-    columns = max(columns, sum(inputs[:2] if engine.sparse_layers[0] else inputs))
-    column_seconds = _COLUMN_SECONDS_ON_GPU if on_gpu else _COLUMN_SECONDS
-    per_block = operations / speed(world.device) + columns * passes * column_seconds
+    columns = 0.0
+    if world.device.type == "cpu":
+        operations += float(_PASS_OPERATIONS) * passes * weights / world.size
+    else:
+        most = weights_at_once(world.device)
+        columns = sum(
+            linear.in_features * -(-linear.out_features // (most // linear.in_features)) for linear in first
+        )
+        # However few rows a process has, it passes every column of each input.
+        columns = max(columns / world.size, sum(inputs[:2] if engine.sparse_layers[0] else inputs))
+    per_block = operations / speed(world.device) + columns * passes * _COLUMN_SECONDS_ON_GPU
 
     widest = max(linear.in_features for linear in first)
     largest = max(linear.out_features * linear.in_features for linear in first)

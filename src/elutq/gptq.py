@@ -282,8 +282,9 @@ class _Solver:
         for index, group in enumerate(self._groups):
             self._first_visit(index, group)
         for _ in range(options.sweeps):
-            shares = [self._visit_again(index, group) for index, group in enumerate(self._groups)]
-        self.error = sum(shares) if options.sweeps else self.metric.square(self.residual)
+            self.error = sum(self._visit_again(index, group) for index, group in enumerate(self._groups))
+        if not options.sweeps:
+            self.error = self.metric.square(self.residual)
 
     def _first_visit(self, index: int, group: slice) -> None:
         factor = self.metric.factor

@@ -58,13 +58,14 @@ def solve_group(
         threads: of a CPU; all by default. The result does not depend on it.
     """
     if target.device.type == "cpu":
+        target = target.contiguous()
         found = GroupSolution(
-            torch.empty(target.shape, dtype=torch.uint8) if codes is None else codes.clone(),
+            torch.empty_like(target, dtype=torch.uint8) if codes is None else codes.clone(),
             torch.empty_like(target),
             parameters.clone(memory_format=torch.contiguous_format),
         )
         _core.solve_group(
-            target.contiguous().numpy(),
+            target.numpy(),
             metric.contiguous().numpy(),
             None if factor is None else factor.T.contiguous().numpy(),
             None if row_scales is None else row_scales.numpy(),
