@@ -35,10 +35,10 @@ struct CalibratedStrips {
   const float* metric_sums;  ///< of M's rows, [columns]
   int64_t begin;             ///< first strip
   int64_t end;
-  uint8_t* scratch;  ///< scratch_bytes(group), aligned to a cache line
+  uint8_t* scratch;  ///< calibrated_scratch(group) bytes, aligned to a cache line
 };
 
-// The builds for each instruction set.
+// The builds for each instruction set: rows of a strip, bytes of scratch memory, and the solver.
 #define ELUTQ_CALIBRATED_BUILD(isa)                           \
   namespace solver_##isa {                                    \
     int64_t calibrated_rows();                                \
