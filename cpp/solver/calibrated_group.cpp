@@ -1,6 +1,8 @@
 // The solver of calibrated groups, a row in each lane. Compiled once per instruction set, as group_search.cpp is.
 #include "solver/calibrated_group.h"
 
+#include "solver/vectors.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
@@ -10,23 +12,12 @@
 namespace elutq::ELUTQ_SOLVER_NAMESPACE {
 namespace {
 
-/// Rows in a register: compilers take wider vectors apart, element by element.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
 constexpr int kVectors = 4;  // side by side: what a strip needs of 128 columns fits the second cache
 constexpr int kRows = kLanes * kVectors;
 constexpr int64_t kBlock = 32;  // columns whose changes reach the others together
 constexpr float kHalfMax = 65504.0f;
 /// Weight of the present parameters in least squares, as in src/elutq/group_problem.py.
 constexpr double kProximity = 1e-6;
-
-typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 /// A number for each row of a strip: of a column, a level, a parameter.
 template <typename Vector>
@@ -285,7 +276,7 @@ class Solver {
     }
     for (int64_t j = 0; j < columns_; ++j) {
       for (int v = 0; v < kVectors; ++v) {
-        best_codes_[j].part[v] = first || better.part[v] ? codes_[j].part[v] : best_codes_[j].part[v];
+        best_codes_[j].part[v] = better.part[v] ? codes_[j].part[v] : best_codes_[j].part[v];
       }
     }
   }
@@ -304,7 +295,8 @@ class Solver {
     for (int v = 0; v < kVectors; ++v) step(v);
     make_canonical();
     make_storable();
-    const Column* after = in_former_planes();
+    Column after[kBits + 1];  // for the codes and planes as they were
+    undo_canonical(after);
     for (int v = 0; v < kVectors; ++v) {
       Floats change[kBits + 1];
       for (int p = 0; p <= kBits; ++p) change[p] = before[p].part[v] - after[p].part[v];
@@ -416,21 +408,20 @@ class Solver {
     }
   }
 
-  /// The parameters for codes as they were before make_canonical().
-  const Column* in_former_planes() {
+  /// Parameters for which codes as they were before make_canonical() stand for the same values.
+  void undo_canonical(Column (&former)[kBits + 1]) const {
     for (int v = 0; v < kVectors; ++v) {
-      former_[kBits].part[v] = parameters_[kBits].part[v];
-      for (int p = 0; p < kBits; ++p) former_[p].part[v] = Floats{};
+      former[kBits].part[v] = parameters_[kBits].part[v];
+      for (int p = 0; p < kBits; ++p) former[p].part[v] = Floats{};
       for (int q = 0; q < kBits; ++q) {
         const Floats scale = parameters_[q].part[v];
         const Ints negative = negative_[q].part[v];
-        former_[kBits].part[v] += where(negative, scale);
+        former[kBits].part[v] += where(negative, scale);
         for (int p = 0; p < kBits; ++p) {
-          former_[p].part[v] += where(source_[q].part[v] == p, negative ? -scale : scale);
+          former[p].part[v] += where(source_[q].part[v] == p, negative ? -scale : scale);
         }
       }
     }
-    return former_;
   }
 
   /// Codes follow their planes.
@@ -495,7 +486,6 @@ class Solver {
   Codes level_codes_[kLevels];  // of levels_
   Codes source_[kBits];         // the plane that each one was
   Codes negative_[kBits];       // -1 where its bits have changed
-  Column former_[kBits + 1];
   Column best_loss_;
   Column best_parameters_[kBits + 1];
 

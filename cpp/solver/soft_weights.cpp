@@ -2,21 +2,12 @@
 #include "solver/soft_weights.h"
 
 #include "base/exponential.h"
+#include "solver/vectors.h"
 
 namespace elutq::ELUTQ_SOLVER_NAMESPACE {
 namespace {
 
-/// Columns in a register: compilers take wider vectors apart, element by element.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
 constexpr int kSums = 16;  // of every level, whatever the register holds
-typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 /// What some columns of a group lie between.
 struct Between {
